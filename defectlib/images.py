@@ -9,14 +9,15 @@ Two rules are stated here and nowhere else:
 
 from __future__ import annotations
 
-import os
-import tempfile
+import io
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
+
+from defectlib import paths
 
 IMAGE_FILTER = "PIL bicubic, antialiased"
 MASK_FILTER = "area >= 0.5/k, nearest when growing"
@@ -136,9 +137,6 @@ def write_mask(path: Path | str, mask: Tensor) -> None:
 
 
 def _write_png(path: Path | str, image: Image.Image) -> None:
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-    with os.fdopen(handle, "wb") as file:
-        image.save(file, format="PNG")
-    os.replace(partial, path)
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    paths.write_bytes(path, buffer.getvalue())

@@ -1,0 +1,170 @@
+"""Downstream models: trained on samples (or on the shots alone), tested on held-out real images.
+
+Protocols (DefectSynth, Section V): a ResNet-34 classifier of defects trained on the base set merged with samples, and a
+U-Net localiser trained on samples alone. The last epoch is the model: no checkpoint is chosen by looking at the test set.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from math import ceil
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from defectlib.params import TrainSettings
+
+SELECTION = "last"
+
+
+def device() -> torch.device:
+    """The GPU where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Initial weights and dropout from ``seed``; the caller's random state is given back."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
+
+
+def n_steps(settings: TrainSettings, n: int) -> int:
+    """Optimiser steps: as given, or epochs over ``n`` images."""
+    return settings.steps if settings.steps is not None else settings.epochs * ceil(n / settings.batch_size)
+
+
+def batches(n: int, batch_size: int, steps: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
+    """``steps`` index batches of exactly ``batch_size``, walking through shuffled passes over ``n`` images."""
+    queue = np.empty(0, dtype=np.int64)
+    for _ in range(steps):
+        while len(queue) < batch_size:
+            queue = np.concatenate([queue, rng.permutation(n)])
+        batch, queue = queue[:batch_size], queue[batch_size:]
+        yield batch
+
+
+def flipped(tensors: Sequence[Tensor], rng: np.random.Generator) -> list[Tensor]:
+    """Flip each image of a batch at random, the same way in all of ``tensors`` (N, C, H, W)."""
+    horizontal, vertical = rng.random((2, len(tensors[0]))) < 0.5
+    for dim, chosen in ((3, horizontal), (2, vertical)):
+        pick = torch.from_numpy(chosen)[:, None, None, None]
+        tensors = [torch.where(pick, t.flip(dim), t) for t in tensors]
+    return list(tensors)
+
+
+def _optimise(
+    model: nn.Module, loss: Callable[[np.ndarray], Tensor], index: Iterator[np.ndarray], rate: float
+) -> list[float]:
+    """Adam with one cosine decay to zero; returns the loss of each step."""
+    index = list(index)
+    optimiser = torch.optim.Adam(model.parameters(), lr=rate)
+    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, max(1, len(index)))
+    model.train()
+    curve = []
+    for batch in index:
+        value = loss(batch)
+        optimiser.zero_grad(set_to_none=True)
+        value.backward()
+        optimiser.step()
+        decay.step()
+        curve.append(value.item())
+    return curve
+
+
+def build_classifier(settings: TrainSettings, n_classes: int) -> nn.Module:
+    """torchvision's ResNet-34 with a new head; ImageNet weights only where the profile asks for them."""
+    from torchvision.models import ResNet34_Weights, resnet34
+
+    model = resnet34(weights=ResNet34_Weights.IMAGENET1K_V1 if settings.pretrained else None)
+    model.fc = nn.Linear(model.fc.in_features, n_classes)
+    return model
+
+
+def train_classifier(
+    images: Tensor, labels: Tensor, n_classes: int, settings: TrainSettings, seed: int
+) -> tuple[nn.Module, list[float]]:
+    """Train a defect classifier by cross-entropy with random flips.
+
+    Args:
+        images: float32 (N, 3, H, W) in [-1, 1].
+        labels: int64 (N,).
+        n_classes: Number of defects.
+        settings: Length, batch size, rate.
+        seed: Of the weights, the order and the flips.
+    """
+    rng = np.random.default_rng([seed, 2])
+    where = device()
+    with seeded(seed):
+        model = build_classifier(settings, n_classes).to(where)
+
+        def loss(batch: np.ndarray) -> Tensor:
+            (x,) = flipped([images[batch]], rng)
+            return nn.functional.cross_entropy(model(x.to(where)), labels[batch].to(where))
+
+        index = batches(len(images), settings.batch_size, n_steps(settings, len(images)), rng)
+        curve = _optimise(model, loss, index, settings.learning_rate)
+    return model.eval(), curve
+
+
+@torch.no_grad()
+def predict_classes(model: nn.Module, images: Tensor, batch_size: int = 32) -> Tensor:
+    """Class probabilities (N, n_classes) on the CPU."""
+    where = next(model.parameters()).device
+    return torch.cat([model(chunk.to(where)).softmax(1).cpu() for chunk in images.split(batch_size)])
+
+
+def build_localiser(settings: TrainSettings) -> nn.Module:
+    """segmentation-models-pytorch's U-Net on a ResNet-18 encoder, from scratch, one logit a pixel."""
+    import segmentation_models_pytorch as smp
+
+    return smp.Unet("resnet18", encoder_weights="imagenet" if settings.pretrained else None, classes=1)
+
+
+def train_localiser(
+    images: Tensor, masks: Tensor, normals: Tensor, settings: TrainSettings, seed: int
+) -> tuple[nn.Module, list[float]]:
+    """Train a localiser; half of each batch is normal images (the protocol of DRAEM and AnomalyDiffusion).
+
+    The loss is focal (gamma 2), as in that protocol, plus Dice: focal loss alone leaves thin defects unlearnt within
+    the few steps of the small profiles.
+
+    Args:
+        images: Defect images, float32 (N, 3, H, W) in [-1, 1].
+        masks: Their masks, bool (N, 1, H, W).
+        normals: Defect-free images, float32 (M, 3, H, W).
+        settings: Length, batch size, rate.
+        seed: Of the weights, the order and the flips.
+    """
+    import segmentation_models_pytorch as smp
+
+    focal = smp.losses.FocalLoss("binary", gamma=2.0)
+    dice = smp.losses.DiceLoss("binary", from_logits=True)
+    rng = np.random.default_rng([seed, 3])
+    where = device()
+    half = max(1, settings.batch_size // 2)
+    nothing = torch.zeros(half, 1, *images.shape[2:], dtype=torch.bool)
+    with seeded(seed):
+        model = build_localiser(settings).to(where)
+
+        def loss(batch: np.ndarray) -> Tensor:
+            good = normals[rng.integers(len(normals), size=half)]
+            x = torch.cat([images[batch], good])
+            y = torch.cat([masks[batch], nothing])
+            x, y = flipped([x, y], rng)
+            logits, target = model(x.to(where)), y.to(where).float()
+            return focal(logits, target) + dice(logits, target)
+
+        index = batches(len(images), half, n_steps(settings, len(images)), rng)
+        curve = _optimise(model, loss, index, settings.learning_rate)
+    return model.eval(), curve
+
+
+@torch.no_grad()
+def predict_maps(model: nn.Module, images: Tensor, batch_size: int = 16) -> Tensor:
+    """Defect probability maps (N, H, W) in [0, 1] on the CPU."""
+    where = next(model.parameters()).device
+    return torch.cat([model(chunk.to(where)).sigmoid()[:, 0].cpu() for chunk in images.split(batch_size)])

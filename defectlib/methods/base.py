@@ -1,0 +1,98 @@
+"""What every method promises, and the one registry of methods."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
+
+from pydantic import ValidationError
+from torch import Tensor
+
+from defectlib.params import Strict
+from defectlib.types import Request, Sample, Shot
+
+
+class MethodConfig(Strict):
+    """Base of every method's frozen configuration: unknown fields are refused, ablations are fields."""
+
+
+@runtime_checkable
+class Method(Protocol):
+    """A few-shot defect image generator.
+
+    Class attributes:
+        Config: The method's :class:`MethodConfig`.
+        scope: What one fit covers.
+        makes_masks: True where the method draws its own mask and ignores ``Request.mask``.
+        preserves_background: True where pixels outside the sample's mask equal the normal's exactly.
+    """
+
+    Config: ClassVar[type[MethodConfig]]
+    scope: ClassVar[Literal["category", "defect", "dataset"]]
+    makes_masks: ClassVar[bool]
+    preserves_background: ClassVar[bool]
+
+    def __init__(self, config: MethodConfig, backbone: Any = None) -> None:
+        """Set up with a configuration and, where the method needs one, a backbone."""
+
+    def fit(self, shots: Sequence[Shot], normals: Sequence[Tensor], *, seed: int, workdir: Path) -> None:
+        """Learn from real pairs and normals; a killed fit continues from what it left in ``workdir``."""
+
+    def sample(self, requests: Sequence[Request]) -> list[Sample]:
+        """Draw one sample a request, in order. A sample depends on its request (and its group) alone."""
+
+    def save(self, folder: Path) -> None:
+        """Write what was fitted: safetensors and JSON only."""
+
+    @classmethod
+    def load(cls, folder: Path, backbone: Any = None) -> Method:
+        """Read what :meth:`save` wrote."""
+
+
+_REGISTRY: dict[str, type[Method]] = {}
+
+
+def register(name: str) -> Callable[[type], type]:
+    """Class decorator that enters a method under an explicit name; a second class of that name is refused."""
+    if not name.isidentifier() or not name.islower():
+        raise ValueError(f"method name '{name}' must be a lower-case identifier: it becomes a folder and a parameter")
+
+    def enter(cls: type) -> type:
+        known = _REGISTRY.get(name)
+        if known is not None and known.__qualname__ != cls.__qualname__:
+            raise ValueError(f"method '{name}' is registered twice: {known.__qualname__} and {cls.__qualname__}")
+        missing = [part for part in Method.__protocol_attrs__ if not hasattr(cls, part)]
+        if missing:
+            raise ValueError(f"method '{name}' lacks {', '.join(sorted(missing))}: see methods/base.py")
+        cls.name = name
+        _REGISTRY[name] = cls
+        return cls
+
+    return enter
+
+
+def names() -> list[str]:
+    """All registered methods; imports every file of this folder once."""
+    package = importlib.import_module("defectlib.methods")
+    for module in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"defectlib.methods.{module.name}")
+    return sorted(_REGISTRY)
+
+
+def get(name: str) -> type[Method]:
+    """The class registered under ``name``."""
+    if name not in names():
+        raise ValueError(f"there is no method '{name}'; there are: {', '.join(names())}")
+    return _REGISTRY[name]
+
+
+def configure(name: str, values: dict[str, Any]) -> MethodConfig:
+    """The validated configuration of a method from a profile's values (defaults are the paper's)."""
+    try:
+        return get(name).Config(**values)
+    except ValidationError as error:
+        wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise ValueError(f"configuration of method '{name}': {wrong}") from error

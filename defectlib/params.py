@@ -1,0 +1,219 @@
+"""Typed parameters: what a notebook may be told, and what a profile decides.
+
+A notebook's parameter cell holds literals; the next cell hands them to :func:`read`, which refuses unknown names. papermill
+itself only warns about a misspelt parameter and then runs the default.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from defectlib import paths
+
+SplitRule = Literal["first_third", "random_thirds", "all_shots"]
+
+
+class Strict(BaseModel):
+    """Frozen, no unknown keys, no silent conversion of types."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class DataSettings(Strict):
+    """How images are read: the side of the square they are resized to, and how many normals are taken."""
+
+    image_size: int = Field(ge=16)
+    split: SplitRule
+    max_normals: int = Field(ge=1)
+    max_test_normals: int = Field(ge=1)
+
+
+class SampleSettings(Strict):
+    """How much is drawn; ``group_size`` is the unit of resume and of fusion across samples."""
+
+    n_per_defect: int = Field(ge=1, le=9999)
+    group_size: int = Field(ge=1)
+
+
+class QualitySettings(Strict):
+    """Extractors and protocol of KID, IS, LPIPS and IC-LPIPS."""
+
+    extractor: Literal["tiny", "inception"]
+    perceptual: Literal["tiny", "alex", "vgg"]
+    ic_lpips: Literal["anomalydiffusion", "dfmgan", "seas"]
+    kid_subset_cap: int = Field(ge=2)
+    kid_subsets: int = Field(ge=1)
+    seeds: list[int] = Field(min_length=1)
+
+
+class TrainSettings(Strict):
+    """Training of one downstream model; exactly one of ``epochs`` and ``steps`` is given."""
+
+    architecture: Literal["resnet34", "smp-unet-resnet18"]
+    pretrained: bool
+    epochs: int | None
+    steps: int | None
+    batch_size: int = Field(ge=1)
+    learning_rate: float = Field(gt=0)
+
+    def model_post_init(self, _: Any) -> None:
+        """Refuse an ambiguous length."""
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError("give exactly one of epochs and steps")
+
+
+class DownstreamSettings(Strict):
+    """The classifier and the localiser of the downstream tables."""
+
+    classifier: TrainSettings
+    localiser: TrainSettings
+
+
+class Grid(Strict):
+    """How much of a data set a profile covers: the first categories and defects in order; None is all."""
+
+    categories: int | None
+    defects: int | None
+
+
+class Profile(Strict):
+    """One of ``papermill_params/profiles``: values only, the code path is the same for all."""
+
+    profile: str
+    backbone: str
+    threads: int = Field(ge=1)
+    seeds: list[int] = Field(min_length=1)
+    grid: Grid
+    methods: dict[str, dict[str, Any]] = Field(min_length=1)
+    data: DataSettings
+    sample: SampleSettings
+    quality: QualitySettings
+    downstream: DownstreamSettings
+
+
+class Parameters(Strict):
+    """The parameters of every notebook. ``None`` asks the profile, the category file or the data set.
+
+    ``tiles`` reads square crops: a side in px, "auto" (the median defect covers four latent cells) or "none".
+    """
+
+    profile: str | None = None
+    dataset: str = "mini"
+    data_root: str | None = None
+    category: str | None = None
+    defects: list[str] | None = None
+    methods: list[str] | None = None
+    seeds: list[int] | None = None
+    split: SplitRule | None = None
+    tiles: int | Literal["auto", "none"] | None = None
+    prompts: dict[str, str] = {}
+    runs_root: str | None = None
+    figures_root: str | None = None
+
+    @property
+    def profile_name(self) -> str:
+        """The profile: as given, else ``DEFECTLIB_PROFILE``, else smoke."""
+        return self.profile or os.environ.get("DEFECTLIB_PROFILE") or "smoke"
+
+    def settings(self) -> Profile:
+        """The profile's values, with the split rule replaced where one was given."""
+        settings = load_profile(self.profile_name)
+        if self.split is None or self.split == settings.data.split:
+            return settings
+        return settings.model_copy(update={"data": settings.data.model_copy(update={"split": self.split})})
+
+    def dataset_folder(self) -> Path:
+        """``runs/<profile>[+<split>]/<dataset>``: the split joins the name where it is not the profile's own."""
+        settings = self.settings()
+        own = load_profile(self.profile_name).data.split == settings.data.split
+        name = self.profile_name if own else f"{self.profile_name}+{settings.data.split}"
+        return Path(self.runs_root or paths.RUNS) / name / self.dataset
+
+
+def explain(error: ValidationError, source: str) -> ValueError:
+    """One sentence per wrong value, naming where it stands."""
+    parts = []
+    for item in error.errors():
+        where = ".".join(str(part) for part in item["loc"]) or "values"
+        known = ", ".join(Parameters.model_fields)
+        unknown = (
+            f"unknown parameter (known: {known})" if "\n" not in known and len(item["loc"]) == 1 else "unknown key"
+        )
+        parts.append(f"{where}: {unknown if item['type'] == 'extra_forbidden' else item['msg']}")
+    return ValueError(f"{source}: " + "; ".join(parts))
+
+
+def load_yaml(path: Path) -> dict[str, Any]:
+    """Read one YAML mapping, or raise ValueError naming the file."""
+    try:
+        values = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold a mapping of names to values")
+    return values
+
+
+def profile_names() -> list[str]:
+    """The profiles there are."""
+    return sorted(path.stem for path in (paths.PARAMS / "profiles").glob("*.yaml"))
+
+
+def load_profile(name: str) -> Profile:
+    """Read and validate ``papermill_params/profiles/<name>.yaml``.
+
+    Raises:
+        ValueError: There is no such profile, or a value in it is wrong or unknown.
+    """
+    path = paths.PARAMS / "profiles" / f"{name}.yaml"
+    if not path.is_file():
+        raise ValueError(f"there is no profile '{name}' in {path.parent}; there are: {', '.join(profile_names())}")
+    try:
+        return Profile(**load_yaml(path))
+    except ValidationError as error:
+        raise explain(error, str(path)) from error
+
+
+def category_file(dataset: str, category: str) -> Path:
+    """Where the prompts of a category stand."""
+    return paths.PARAMS / dataset / f"{category}.yaml"
+
+
+def load_category(dataset: str, category: str) -> Parameters | None:
+    """The parameters of a shipped category file, or None where there is none (a user's own folder)."""
+    path = category_file(dataset, category)
+    return validate(load_yaml(path), str(path)) if path.is_file() else None
+
+
+def validate(values: dict[str, Any], source: str = "parameters") -> Parameters:
+    """Check plain values against :class:`Parameters`; ValueError names each wrong or unknown one."""
+    try:
+        return Parameters(**values)
+    except ValidationError as error:
+        raise explain(error, source) from error
+
+
+def read(namespace: dict[str, Any]) -> Parameters:
+    """Validate what a notebook's parameter cells defined: call as ``params.read(globals())`` in the cell after them.
+
+    Every public literal in the namespace counts as a parameter, so that a misspelt name injected by papermill is refused.
+    """
+    plain = (str, int, float, bool, type(None), list, dict)
+    hidden = {"In", "Out"}
+    values = {k: v for k, v in namespace.items() if not k.startswith("_") and k not in hidden and isinstance(v, plain)}
+    return validate(values, "notebook parameters")
+
+
+def prompt(parameters: Parameters, category: str, defect: str) -> str:
+    """The text prompt of a defect: as given, else from the category file, else "a <category> with a <defect>"."""
+    if defect in parameters.prompts:
+        return parameters.prompts[defect]
+    shipped = load_category(parameters.dataset, category)
+    if shipped is not None and defect in shipped.prompts:
+        return shipped.prompts[defect]
+    return f"a {category} with a {defect}".replace("_", " ")

@@ -1,0 +1,229 @@
+"""Run folders, stage files, provenance, and :func:`collect`.
+
+``runs/<profile>/<dataset>/<category>/<method>/s<seed>/`` holds what one run made and one ``<stage>.json`` a stage. A stage
+file is written last, by atomic rename: it exists, so that stage is complete. Its ``key`` is a hash of the stage's
+parameters and of the stages it was made from; a stage whose key no longer matches is moved to ``superseded/``, never
+deleted, and made anew.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from defectlib import paths
+
+SCHEMA = 1
+STAGES = ("fit", "sample", "quality", "downstream")
+ARTEFACTS = {
+    "fit": ("model",),
+    "sample": ("images", "masks", "samples.csv"),
+    "quality": (),
+    "downstream": ("predictions",),
+}
+PACKAGES = (
+    "torch", "torchvision", "diffusers", "peft", "transformers", "accelerate", "torch-fidelity", "lpips",
+    "segmentation-models-pytorch", "scikit-learn", "scikit-image", "scipy", "numpy", "pandas", "papermill",
+)  # fmt: skip
+COLUMNS = (
+    "profile", "split", "dataset", "category", "method", "seed", "stage", "defect", "metric", "value", "sd", "protocol",
+    "extractor", "n_real", "n_generated", "git_sha", "dirty", "wall_s", "device", "path",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """One (dataset, category, method, seed) of a profile, on disk."""
+
+    path: Path
+
+    @property
+    def model(self) -> Path:
+        """Fitted weights: safetensors and JSON only."""
+        return self.path / "model"
+
+    def stage_file(self, stage: str) -> Path:
+        """The file whose presence means that ``stage`` is complete."""
+        return self.path / f"{stage}.json"
+
+    def record(self, stage: str) -> dict[str, Any] | None:
+        """The stage file's content, or None where the stage has not been completed."""
+        file = self.stage_file(stage)
+        return json.loads(file.read_text()) if file.is_file() else None
+
+    def complete(self, stage: str, key: str) -> dict[str, Any] | None:
+        """The record of ``stage`` if it was made with this key, else None."""
+        record = self.record(stage)
+        return record if record is not None and record["key"] == key else None
+
+    def supersede(self, stage: str, key: str) -> None:
+        """Move a stage made (or begun) with another key aside, with all that was made from it.
+
+        What a stage makes over time is marked by ``.<stage>.key``, so that a half-made stage of other parameters is not
+        continued.
+        """
+        mark = self.path / f".{stage}.key"
+        record = self.record(stage)
+        begun = record["key"] if record else mark.read_text() if mark.is_file() else key
+        if begun != key:
+            aside = self.path / "superseded" / f"{time.strftime('%Y%m%d-%H%M%S')}-{begun[:8]}"
+            aside.mkdir(parents=True, exist_ok=True)
+            for later in STAGES[STAGES.index(stage) :]:
+                for name in (f"{later}.json", f".{later}.key", *ARTEFACTS[later]):
+                    if (self.path / name).exists():
+                        shutil.move(self.path / name, aside / name)
+            print(
+                f"parameters changed: the earlier {stage} of {self.path} is kept in {aside.name}",
+                file=sys.stderr,
+            )
+        paths.write_text(mark, key)
+
+
+def stage_key(parameters: dict[str, Any], upstream: list[str]) -> str:
+    """sha256 over a stage's parameters and the keys of the stages it is made from."""
+    text = json.dumps([SCHEMA, parameters, upstream], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def sha256(path: Path | str) -> str:
+    """sha256 of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def git_state() -> tuple[str, bool]:
+    """(commit, dirty): dirty where tracked files differ from it; ("unknown", True) outside a repository.
+
+    ``figures/`` and executed notebooks are results, not code: a run rewrites them, so they do not make it dirty.
+    """
+
+    def git(*words: str) -> str:
+        call = subprocess.run(["git", "-C", str(paths.ROOT), *words], capture_output=True, text=True, check=True)
+        return call.stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!figures", ":!notebooks/*.ipynb")
+        return git("rev-parse", "HEAD"), bool(changed)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown", True
+
+
+def device_name() -> str:
+    """The accelerator's name, or the processor's architecture and the threads torch uses."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"cpu {platform.machine()}, {torch.get_num_threads()} thread(s)"
+
+
+def provenance() -> dict[str, Any]:
+    """The birth certificate's part that does not depend on the run: code, packages, machine."""
+    versions = {}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    commit, dirty = git_state()
+    return {
+        "git_sha": commit,
+        "dirty": dirty,
+        "python": platform.python_version(),
+        "versions": versions,
+        "device": device_name(),
+    }
+
+
+@contextlib.contextmanager
+def stage(
+    folder: RunFolder,
+    name: str,
+    key: str,
+    identity: dict[str, Any],
+    parameters: dict[str, Any],
+    inputs: dict[str, str],
+) -> Iterator[list[dict[str, Any]]]:
+    """Run one stage: yields the list to put metric rows in, and writes the stage file when the block ends well.
+
+    Args:
+        folder: Where the run lives.
+        name: One of ``STAGES``.
+        key: From :func:`stage_key`.
+        identity: profile, split, dataset, category, method and seed.
+        parameters: The resolved parameters of this stage.
+        inputs: sha256 of what the stage read (split, weights, extractor).
+
+    A metric row is ``{"metric", "value", "sd", "defect", "protocol"}``; ``sd`` and ``defect`` may be missing.
+    """
+    folder.supersede(name, key)
+    metrics: list[dict[str, Any]] = []
+    started, clock = time.strftime("%Y-%m-%dT%H:%M:%S%z"), time.perf_counter()
+    yield metrics
+    record = {
+        "schema": SCHEMA, "stage": name, "key": key, **identity, "parameters": parameters, "inputs": inputs,
+        "metrics": metrics, "started": started, "wall_s": round(time.perf_counter() - clock, 3),
+        "peak_memory_mb": peak_memory_mb(), **provenance(),
+    }  # fmt: skip
+    paths.write_text(folder.stage_file(name), json.dumps(record, indent=1))
+
+
+def peak_memory_mb() -> int:
+    """Peak memory of this process so far: on the GPU where there is one, else resident."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() // 2**20
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit // 2**20
+
+
+def collect(root: Path | str | None = None, profile: str | None = None, dataset: str | None = None) -> pd.DataFrame:
+    """All completed stages under ``root`` as one long frame: a row a number, the columns are ``COLUMNS``.
+
+    Args:
+        root: The runs folder; default ``runs/``.
+        profile: Keep the runs of this profile only (whatever their split).
+        dataset: Keep the runs of this data set only.
+    """
+    rows = []
+    root = Path(root or paths.RUNS)
+    for file in sorted(root.glob("*/*/*/*/s[0-9]*/*.json")):
+        if file.stem not in STAGES:
+            continue
+        record = json.loads(file.read_text())
+        if profile not in (None, record["profile"]) or dataset not in (None, record["dataset"]):
+            continue
+        common = {name: record[name] for name in COLUMNS if name in record}
+        for metric in record["metrics"]:
+            protocol = metric.get("protocol", {})
+            rows.append({
+                **common, "defect": metric.get("defect", ""), "metric": metric["metric"], "value": metric["value"],
+                "sd": metric.get("sd"), "protocol": json.dumps(protocol, sort_keys=True),
+                "extractor": protocol.get("extractor", ""), "n_real": protocol.get("n_real"),
+                "n_generated": protocol.get("n_generated"), "path": os.path.relpath(file, root),
+            })  # fmt: skip
+    frame = pd.DataFrame(rows, columns=list(COLUMNS))
+    numeric = ["value", "sd", "n_real", "n_generated", "wall_s"]
+    frame[numeric] = frame[numeric].apply(pd.to_numeric)
+    return frame
+
+
+def collect_parquet(root: Path | str, target: Path | str) -> pd.DataFrame:
+    """Write :func:`collect` of ``root`` as one Parquet file for pandas or DuckDB, and return it."""
+    frame = collect(root)
+    paths.write_bytes(target, frame.to_parquet(index=False))
+    return frame

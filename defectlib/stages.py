@@ -1,0 +1,352 @@
+"""fit, sample, quality, downstream: each makes what it lacks, does its work, and writes its stage file last.
+
+A :class:`Study` binds the parameters of a notebook to the data of one category. A stage that is complete with the same
+parameters is read, not repeated, so a notebook runs alone, in a batch, or again, and says the same.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from defectlib import downstream as models
+from defectlib import params, paths, runs, sampling
+from defectlib.data import audit, layouts, mini, splits, tiles
+from defectlib.masks import trimap
+from defectlib.methods import base
+from defectlib.metrics import quality as quality_metrics
+from defectlib.metrics import regions
+from defectlib.params import Parameters, Profile
+from defectlib.runs import RunFolder
+from defectlib.types import Shot
+
+SHOTS_ONLY = "shots_only"
+
+
+def data_root(parameters: Parameters) -> Path:
+    """Where the data set lies: as given, else ``data/<dataset>``; the built-in benchmark is built there once."""
+    root = Path(parameters.data_root) if parameters.data_root else paths.DATA / parameters.dataset
+    if parameters.dataset == "mini" and parameters.data_root is None:
+        with paths.locked(root.parent / ".mini.lock"):
+            return mini.build(root)
+    if not root.is_dir():
+        known = layouts.DATASETS.get(parameters.dataset)
+        how = known.obtain if known else f"known data sets: {', '.join(layouts.DATASETS)}"
+        raise FileNotFoundError(f"{root} is not a folder: give DATA_ROOT=... ({how})")
+    return root
+
+
+def fingerprint(root: Path) -> str:
+    """sha256 over the names, sizes and times of all files under ``root``: does the data still stand as it was split?"""
+    lines = []
+    for folder, folders, files in os.walk(root):
+        folders.sort()
+        for name in sorted(files):
+            status = os.stat(os.path.join(folder, name))
+            lines.append(f"{os.path.relpath(os.path.join(folder, name), root)} {status.st_size} {status.st_mtime_ns}")
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def read_index(parameters: Parameters, root: Path) -> pd.DataFrame:
+    """The index table, cut into tiles where the parameters or the data set say so."""
+    index = layouts.index(parameters.dataset, root)
+    size = parameters.settings().data.image_size
+    side = parameters.tiles
+    if side is None:
+        side = "auto" if layouts.DATASETS[parameters.dataset].unit == "tiles" else "none"
+    if side == "none":
+        return index
+    return tiles.cut(index, root, side, seed=0, size=size, foreground=trimap.foreground)
+
+
+def manifest(parameters: Parameters, seed: int = 0) -> pd.DataFrame:
+    """The split manifest, made once a (profile, data set) after an audit and kept in the data set's run folder.
+
+    ``random_thirds`` has one manifest a seed: the partition is the seed.
+
+    Raises:
+        ValueError: The audit found what would spoil a run, or the split leaks.
+    """
+    rule = parameters.settings().data.split
+    partition = seed if rule == "random_thirds" else 0
+    root = data_root(parameters)
+    folder = parameters.dataset_folder()
+    stamp = {
+        "rule": rule, "partition": partition, "tiles": parameters.tiles, "root": str(root.resolve()),
+        "image_size": parameters.settings().data.image_size, "files": fingerprint(root),
+    }  # fmt: skip
+    target, mark = folder / f"split_p{partition}.csv", folder / f"split_p{partition}.json"
+    with paths.locked(folder / ".split.lock"):
+        if not (target.is_file() and mark.is_file() and json.loads(mark.read_text()) == stamp):
+            found = audit.audit(parameters.dataset, root)
+            if audit.spoils(found):
+                first = found[found["severity"] == "error"].iloc[0]
+                raise ValueError(
+                    f"{root} would spoil a run: {first['problem']}: {first['file']}. {first['remedy']} "
+                    f"(all findings: python -m defectlib audit --dataset {parameters.dataset} --data-root {root})"
+                )
+            table = splits.split(read_index(parameters, root), root, rule, partition)
+            splits.check(table)
+            splits.write(table, target)
+            paths.write_text(mark, json.dumps(stamp))
+    return splits.read(target)
+
+
+def ordered(names: list[str], dataset: str, category: str | None = None) -> list[str]:
+    """Names in the order the category file gives its prompts (defects), then by name."""
+    shipped = params.load_category(dataset, category) if category else None
+    first = [name for name in shipped.prompts if name in names] if shipped else []
+    return first + sorted(set(names) - set(first))
+
+
+def categories(parameters: Parameters) -> list[str]:
+    """The categories that the profile's grid covers: those with at least one shot, the first ones by name."""
+    table = manifest(parameters)
+    names = sorted(table.loc[table["side"] == "shot", "category"].unique())
+    return names[: parameters.settings().grid.categories]
+
+
+@dataclass(frozen=True)
+class Study:
+    """One category of a data set under the parameters of a notebook."""
+
+    parameters: Parameters
+    settings: Profile
+    root: Path
+    category: str
+    all_defects: tuple[str, ...]
+    defects: tuple[str, ...]
+    methods: tuple[str, ...]
+    seeds: tuple[int, ...]
+
+    def manifest(self, seed: int = 0) -> pd.DataFrame:
+        """The rows of this category in the split that the run of ``seed`` uses."""
+        return _category_rows(self.parameters.model_dump_json(), self.category, seed)
+
+    def shots(self, seed: int = 0) -> list[Shot]:
+        """The few-shot training set."""
+        return splits.shots(self.manifest(seed), self.root, self.category, self.defects, self.size)
+
+    def normals(self, seed: int = 0) -> list[Tensor]:
+        """Defect-free images to draw on and to train with."""
+        limit = self.settings.data.max_normals
+        return splits.normals(self.manifest(seed), self.root, self.category, "train", self.size, limit)
+
+    def held_out(self, seed: int = 0) -> list[tuple[Tensor, Tensor, str, str]]:
+        """Test images: every held-out defect of the asked types, and up to ``max_test_normals`` normals."""
+        found = splits.held_out(self.manifest(seed), self.root, self.category, self.defects, self.size)
+        good = [item for item in found if item[2] == "good"]
+        return [item for item in found if item[2] != "good"] + good[: self.settings.data.max_test_normals]
+
+    @property
+    def size(self) -> int:
+        """Side of the square images, in px."""
+        return self.settings.data.image_size
+
+    def folder(self, method: str, seed: int) -> RunFolder:
+        """Where the run of a method and a seed lives."""
+        return RunFolder(self.parameters.dataset_folder() / self.category / method / f"s{seed}")
+
+    def prompts(self) -> dict[str, str]:
+        """Defect -> text prompt."""
+        return {d: params.prompt(self.parameters, self.category, d) for d in self.defects}
+
+    def identity(self, method: str, seed: int) -> dict[str, Any]:
+        """What names a run in a stage file."""
+        return {
+            "profile": self.settings.profile, "split": self.settings.data.split, "dataset": self.parameters.dataset,
+            "category": self.category, "method": method, "seed": seed,
+        }  # fmt: skip
+
+    def data_key(self, seed: int) -> str:
+        """sha256 over the split rows, the defects and how images are read."""
+        text = self.manifest(seed).to_csv(index=False) + json.dumps([self.defects, self.settings.data.model_dump()])
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+@functools.lru_cache(maxsize=16)
+def _category_rows(parameters: str, category: str, seed: int) -> pd.DataFrame:
+    table = manifest(Parameters.model_validate_json(parameters), seed)
+    return table[table["category"] == category].reset_index(drop=True)
+
+
+def study(parameters: Parameters) -> Study:
+    """Open a category for work; a missing one is the first of the data set.
+
+    Raises:
+        ValueError: The category, a defect or a method does not exist; the sentence lists those that do.
+    """
+    settings = parameters.settings()
+    torch.set_num_threads(settings.threads)
+    table = manifest(parameters)
+    shots = table[table["side"] == "shot"]
+    known = sorted(shots["category"].unique())
+    category = parameters.category or known[0]
+    if category not in known:
+        raise ValueError(f"{parameters.dataset} has no category '{category}' with shots; it has: {', '.join(known)}")
+    every = ordered(list(shots.loc[shots["category"] == category, "defect"].unique()), parameters.dataset, category)
+    defects = parameters.defects or every[: settings.grid.defects]
+    unknown = sorted(set(defects) - set(every))
+    if unknown:
+        raise ValueError(f"{category} has no defect {', '.join(unknown)}; it has: {', '.join(every)}")
+    methods = parameters.methods or list(settings.methods)
+    for name in methods:
+        base.configure(name, settings.methods.get(name, {}))
+    seeds = parameters.seeds or settings.seeds
+    root = data_root(parameters)
+    return Study(parameters, settings, root, category, tuple(every), tuple(defects), tuple(methods), tuple(seeds))
+
+
+def fit(s: Study, method: str, seed: int) -> dict[str, Any]:
+    """Fit a method on the shots; the record of the stage."""
+    config = base.configure(method, s.settings.methods.get(method, {}))
+    values = {"method": method, "config": config.model_dump(), "backbone": s.settings.backbone, "seed": seed}
+    folder, key = s.folder(method, seed), runs.stage_key(values, [s.data_key(seed)])
+    if (record := folder.complete("fit", key)) is not None:
+        return record
+    with runs.stage(folder, "fit", key, s.identity(method, seed), values, {"split": s.data_key(seed)}) as metrics:
+        fitted = base.get(method)(config)
+        clock = time.perf_counter()
+        fitted.fit(s.shots(seed), s.normals(seed), seed=seed, workdir=folder.model)
+        fitted.save(folder.model)
+        metrics.append({"metric": "fit_s", "value": time.perf_counter() - clock})
+    return folder.record("fit")
+
+
+def sample(s: Study, method: str, seed: int, progress: bool = False) -> dict[str, Any]:
+    """Draw ``n_per_defect`` samples of each defect; the record of the stage."""
+    upstream = fit(s, method, seed)
+    values = {"sample": s.settings.sample.model_dump(), "prompts": s.prompts(), "order": s.all_defects}
+    folder, key = s.folder(method, seed), runs.stage_key(values, [upstream["key"]])
+    if (record := folder.complete("sample", key)) is not None:
+        return record
+    with runs.stage(folder, "sample", key, s.identity(method, seed), values, {"fit": upstream["key"]}) as metrics:
+        fitted = base.get(method).load(folder.model)
+        requests = sampling.plan(
+            s.shots(seed), s.normals(seed), s.settings.sample.n_per_defect, None, seed, s.prompts(),
+            s.all_defects, s.settings.sample.group_size,
+        )  # fmt: skip
+        fresh = not (folder.path / "images").exists()
+        clock = time.perf_counter()
+        report = sampling.draw(fitted, requests, folder.path, progress)
+        seconds = time.perf_counter() - clock
+        for defect, rows in report.groupby("defect", sort=False):
+            share = {"defect": defect, "protocol": {"n_generated": len(rows)}}
+            metrics.append({"metric": "mask_area", "value": float(rows["area"].mean()), **share})
+            metrics.append({"metric": "bad_samples", "value": float(len(sampling.problems(rows))), **share})
+        # After a restart part of the drawing was done by an earlier process: its speed is not known.
+        speed = {"metric": "pairs_per_second", "value": len(report) / seconds if fresh else None}
+        metrics.append({**speed, "protocol": {"n_generated": len(report), "image_size": s.size}})
+    return folder.record("sample")
+
+
+def quality(s: Study, method: str, seed: int) -> dict[str, Any]:
+    """KID, IS, LPIPS and IC-LPIPS of a run's samples, per defect; the record of the stage.
+
+    Real images are all those of the defect (shots and held-out), as in DefectSynth; IC-LPIPS clusters around the shots.
+    """
+    settings = s.settings.quality
+    upstream = sample(s, method, seed)
+    values = {"quality": settings.model_dump()}
+    folder, key = s.folder(method, seed), runs.stage_key(values, [upstream["key"]])
+    if (record := folder.complete("quality", key)) is not None:
+        return record
+    with runs.stage(folder, "quality", key, s.identity(method, seed), values, {"sample": upstream["key"]}) as metrics:
+        shots, held_out = s.shots(seed), s.held_out(seed)
+        for defect in s.defects:
+            refs = [shot.image for shot in shots if shot.defect == defect]
+            real = refs + [image for image, _, name, _ in held_out if name == defect]
+            drawn = [item.image for item in sampling.load(folder.path, defect)]
+            rows = quality_metrics.evaluate(
+                drawn, real, refs, extractor=settings.extractor, perceptual=settings.perceptual,
+                protocol=settings.ic_lpips, subset_cap=settings.kid_subset_cap, subsets=settings.kid_subsets,
+                seeds=settings.seeds,
+            )  # fmt: skip
+            metrics.extend({**row, "defect": defect} for row in rows)
+    return folder.record("quality")
+
+
+def downstream(s: Study, method: str, seed: int) -> dict[str, Any]:
+    """Train the classifier and the localiser on a run's samples, test on held-out real images; the stage's record.
+
+    The row ``shots_only`` (the papers' "w/o augmentation") trains both on the shots, for as many steps.
+    """
+    settings = s.settings.downstream
+    source = [s.data_key(seed)] if method == SHOTS_ONLY else [sample(s, method, seed)["key"]]
+    values = {"downstream": settings.model_dump(), "defects": s.defects, "seed": seed}
+    folder, key = s.folder(method, seed), runs.stage_key(values, source)
+    if (record := folder.complete("downstream", key)) is not None:
+        return record
+    with runs.stage(folder, "downstream", key, s.identity(method, seed), values, {"source": source[0]}) as metrics:
+        shots, held_out = s.shots(seed), s.held_out(seed)
+        if not held_out:
+            raise ValueError(
+                f"the split '{s.settings.data.split}' holds nothing out: downstream needs a split with tests"
+            )
+        drawn = [] if method == SHOTS_ONLY else sampling.load(folder.path)
+        metrics.extend(_classification(s, folder, shots, drawn, held_out, seed))
+        metrics.extend(_localisation(s, folder, drawn or shots, held_out, seed))
+    return folder.record("downstream")
+
+
+def _classification(s: Study, folder: RunFolder, shots: list, drawn: list, held_out: list, seed: int) -> list[dict]:
+    """Defect classification: base set merged with the samples (DefectSynth, Section V-A.2)."""
+    settings = s.settings.downstream.classifier
+    train = [*shots, *drawn]
+    test = [item for item in held_out if item[2] != "good"]
+    protocol = {
+        "task": "classification", **settings.model_dump(), "selection": models.SELECTION, "n_real": len(test),
+        "n_train_real": len(shots), "n_generated": len(drawn), "classes": list(s.defects), "image_size": s.size,
+    }  # fmt: skip
+    if len(s.defects) < 2:
+        reason = {"why_withheld": "one defect type: there is nothing to tell apart"}
+        return [{"metric": m, "value": None, "protocol": protocol | reason} for m in ("accuracy", "f1_macro")]
+    labels = torch.tensor([s.defects.index(item.defect) for item in train])
+    model, curve = models.train_classifier(
+        torch.stack([i.image for i in train]), labels, len(s.defects), settings, seed
+    )
+    probability = models.predict_classes(model, torch.stack([image for image, *_ in test]))
+    table = pd.DataFrame(probability.numpy(), columns=[f"p_{d}" for d in s.defects])
+    table.insert(0, "id", [name for *_, name in test])
+    table.insert(1, "true", [defect for *_, defect, _ in test])
+    table.insert(2, "predicted", [s.defects[i] for i in probability.argmax(1).tolist()])
+    paths.write_text(folder.path / "predictions" / "classification.csv", table.to_csv(index=False))
+    scores = regions.classification_metrics(table["true"].tolist(), table["predicted"].tolist(), list(s.defects))
+    protocol |= {"final_loss": curve[-1], "confusion": scores["confusion"]}
+    return [{"metric": m, "value": scores[m], "protocol": protocol} for m in ("accuracy", "f1_macro")]
+
+
+def _localisation(s: Study, folder: RunFolder, train: list, held_out: list, seed: int) -> list[dict]:
+    """Defect localisation, scored per pixel and per image (DefectSynth, Section V-A.2)."""
+    settings = s.settings.downstream.localiser
+    real = isinstance(train[0], Shot)
+    pictures, masks = sampling.stack(train)
+    model, curve = models.train_localiser(pictures, masks, torch.stack(s.normals(seed)), settings, seed)
+    maps = models.predict_maps(model, torch.stack([image for image, *_ in held_out])).numpy()
+    truth = torch.cat([mask for _, mask, *_ in held_out]).numpy()
+    target = folder.path / "predictions" / "localisation.npz"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    names = np.array([f"{defect}/{name}" for _, _, defect, name in held_out])
+    with open(target.with_suffix(".part"), "wb") as file:
+        np.savez_compressed(file, maps=maps.astype(np.float16), names=names)
+    target.with_suffix(".part").replace(target)
+    protocol = {
+        "task": "localisation", **settings.model_dump(), "selection": models.SELECTION, "n_real": len(held_out),
+        "n_train_real": len(train) if real else 0, "n_generated": 0 if real else len(train),
+        "image_size": s.size, "final_loss": curve[-1],
+    }  # fmt: skip
+    scores = regions.pixel_metrics(maps, truth) | regions.image_metrics(
+        regions.image_scores(maps), truth.any(axis=(1, 2))
+    )
+    return [{"metric": name, "value": value, "protocol": protocol} for name, value in scores.items()]
