@@ -1,7 +1,9 @@
 """Downstream models: trained on samples (or on the shots alone), tested on held-out real images.
 
 Protocols (DefectSynth, Section V): a ResNet-34 classifier of defects trained on the base set merged with samples, and a
-U-Net localiser trained on samples alone. The last epoch is the model: no checkpoint is chosen by looking at the test set.
+U-Net localiser trained on samples alone. The last step is the model: no checkpoint is chosen by looking at the test
+set. Batch-norm statistics are then computed anew over the training images (torch's ``update_bn``): after the few steps
+of the small profiles the running averages still describe the first ones.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from torch import Tensor, nn
 
 from defectlib.params import TrainSettings
 
-SELECTION = "last"
+SELECTION = "last step, batch-norm statistics recomputed"
 
 
 def device() -> torch.device:
@@ -57,9 +59,9 @@ def flipped(tensors: Sequence[Tensor], rng: np.random.Generator) -> list[Tensor]
 
 
 def _optimise(
-    model: nn.Module, loss: Callable[[np.ndarray], Tensor], index: Iterator[np.ndarray], rate: float
+    model: nn.Module, loss: Callable[[np.ndarray], Tensor], index: Iterator[np.ndarray], rate: float, images: Tensor
 ) -> list[float]:
-    """Adam with one cosine decay to zero; returns the loss of each step."""
+    """Adam with one cosine decay to zero, then the batch-norm statistics of ``images``; the loss of each step."""
     index = list(index)
     optimiser = torch.optim.Adam(model.parameters(), lr=rate)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, max(1, len(index)))
@@ -72,11 +74,13 @@ def _optimise(
         optimiser.step()
         decay.step()
         curve.append(value.item())
+    mixed = images[torch.randperm(len(images))]  # inside `seeded`: a sorted set would give lopsided batches
+    torch.optim.swa_utils.update_bn([chunk for chunk in mixed.split(16)], model, device=next(model.parameters()).device)
     return curve
 
 
 def build_classifier(settings: TrainSettings, n_classes: int) -> nn.Module:
-    """torchvision's ResNet-34 with a new head; ImageNet weights only where the profile asks for them."""
+    """ResNet-34 of torchvision with a new head; ImageNet weights only where the profile asks for them."""
     from torchvision.models import ResNet34_Weights, resnet34
 
     model = resnet34(weights=ResNet34_Weights.IMAGENET1K_V1 if settings.pretrained else None)
@@ -106,7 +110,7 @@ def train_classifier(
             return nn.functional.cross_entropy(model(x.to(where)), labels[batch].to(where))
 
         index = batches(len(images), settings.batch_size, n_steps(settings, len(images)), rng)
-        curve = _optimise(model, loss, index, settings.learning_rate)
+        curve = _optimise(model, loss, index, settings.learning_rate, images)
     return model.eval(), curve
 
 
@@ -159,7 +163,7 @@ def train_localiser(
             return focal(logits, target) + dice(logits, target)
 
         index = batches(len(images), half, n_steps(settings, len(images)), rng)
-        curve = _optimise(model, loss, index, settings.learning_rate)
+        curve = _optimise(model, loss, index, settings.learning_rate, torch.cat([images, normals]))
     return model.eval(), curve
 
 

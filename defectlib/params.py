@@ -25,9 +25,10 @@ class Strict(BaseModel):
 
 
 class DataSettings(Strict):
-    """How images are read: the side of the square they are resized to, and how many normals are taken."""
+    """How images are read: side of the square they are resized to, px a latent cell, how many normals are taken."""
 
     image_size: int = Field(ge=16)
+    latent_cell: int = Field(ge=1)
     split: SplitRule
     max_normals: int = Field(ge=1)
     max_test_normals: int = Field(ge=1)
@@ -100,6 +101,7 @@ class Parameters(Strict):
     """The parameters of every notebook. ``None`` asks the profile, the category file or the data set.
 
     ``tiles`` reads square crops: a side in px, "auto" (the median defect covers four latent cells) or "none".
+    ``grid = "full"`` covers all categories and defects instead of the profile's first ones.
     """
 
     profile: str | None = None
@@ -111,6 +113,7 @@ class Parameters(Strict):
     seeds: list[int] | None = None
     split: SplitRule | None = None
     tiles: int | Literal["auto", "none"] | None = None
+    grid: Literal["full"] | None = None
     prompts: dict[str, str] = {}
     runs_root: str | None = None
     figures_root: str | None = None
@@ -121,11 +124,14 @@ class Parameters(Strict):
         return self.profile or os.environ.get("DEFECTLIB_PROFILE") or "smoke"
 
     def settings(self) -> Profile:
-        """The profile's values, with the split rule replaced where one was given."""
+        """The profile's values, with the split rule and the grid replaced where they were given."""
         settings = load_profile(self.profile_name)
-        if self.split is None or self.split == settings.data.split:
-            return settings
-        return settings.model_copy(update={"data": settings.data.model_copy(update={"split": self.split})})
+        changes: dict[str, Any] = {}
+        if self.split is not None:
+            changes["data"] = settings.data.model_copy(update={"split": self.split})
+        if self.grid == "full":
+            changes["grid"] = Grid(categories=None, defects=None)
+        return settings.model_copy(update=changes)
 
     def dataset_folder(self) -> Path:
         """``runs/<profile>[+<split>]/<dataset>``: the split joins the name where it is not the profile's own."""

@@ -1,4 +1,4 @@
-"""The only place that knows folders, and how a file is written. The root is found from this file, never from the cwd."""
+"""The only place that knows folders, and how a file is written. The root is found from this file, not the cwd."""
 
 from __future__ import annotations
 

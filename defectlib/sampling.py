@@ -114,7 +114,8 @@ def describe(requests: Sequence[Request], folder: Path) -> pd.DataFrame:
     rows = []
     for request in requests:
         image, mask = read_pair(folder, request.seed)
-        change = (image - request.normal).abs().mean(0, keepdim=True) * 127.5
+        grey = [images.to_uint8(picture).astype(np.int16) for picture in (image, request.normal)]
+        change = torch.from_numpy(np.abs(grey[0] - grey[1]).mean(-1))[None]
         outside = ~mask
         rows.append([
             request.seed, request.group, request.category, request.defect, request.prompt,

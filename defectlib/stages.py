@@ -32,6 +32,7 @@ from defectlib.runs import RunFolder
 from defectlib.types import Shot
 
 SHOTS_ONLY = "shots_only"
+SMALLEST_CELLS = 4
 
 
 def data_root(parameters: Parameters) -> Path:
@@ -58,16 +59,35 @@ def fingerprint(root: Path) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
+def median_cells(rows: pd.DataFrame, root: Path, size: int, cell: int) -> float:
+    """How many latent cells the median defect of a category covers when whole images are resized to ``size``."""
+    masked = rows[rows["mask"] != ""]
+    shares = [layouts.read_mask(row, root).float().mean().item() for row in masked.itertuples()]
+    return float(np.median([share for share in shares if share > 0] or [1.0])) * size**2 / cell**2
+
+
 def read_index(parameters: Parameters, root: Path) -> pd.DataFrame:
-    """The index table, cut into tiles where the parameters or the data set say so."""
+    """The index table; a category whose defects are too small for the latents is read as square crops.
+
+    Unless ``tiles`` says otherwise: crops where the data set is always read so (long strips), or where the median defect,
+    resized with its image, would cover fewer than four latent cells.
+    """
     index = layouts.index(parameters.dataset, root)
-    size = parameters.settings().data.image_size
-    side = parameters.tiles
-    if side is None:
-        side = "auto" if layouts.DATASETS[parameters.dataset].unit == "tiles" else "none"
-    if side == "none":
+    if parameters.tiles == "none":
         return index
-    return tiles.cut(index, root, side, seed=0, size=size, foreground=trimap.foreground)
+    settings = parameters.settings().data
+    parts = []
+    for _, rows in index.groupby("category", sort=False):
+        side = parameters.tiles
+        if side is None:
+            small = median_cells(rows, root, settings.image_size, settings.latent_cell) < SMALLEST_CELLS
+            side = "auto" if small or layouts.DATASETS[parameters.dataset].unit == "tiles" else "none"
+        if side != "none":
+            rows = tiles.cut(
+                rows, root, side, seed=0, size=settings.image_size, cell=settings.latent_cell, foreground=trimap.foreground
+            )  # fmt: skip
+        parts.append(rows)
+    return layouts.sort(pd.concat(parts))
 
 
 def manifest(parameters: Parameters, seed: int = 0) -> pd.DataFrame:
@@ -149,6 +169,19 @@ class Study:
         good = [item for item in found if item[2] == "good"]
         return [item for item in found if item[2] != "good"] + good[: self.settings.data.max_test_normals]
 
+    def real(self, defect: str, seed: int = 0) -> list[Tensor]:
+        """All real images of a defect, shots first: the reference set of the quality measures, as in DefectSynth."""
+        few = [shot.image for shot in self.shots(seed) if shot.defect == defect]
+        return few + [image for image, _, name, _ in self.held_out(seed) if name == defect]
+
+    def quality_arguments(self) -> dict[str, Any]:
+        """The profile's extractors and protocol, as :func:`metrics.quality.evaluate` takes them."""
+        q = self.settings.quality
+        return {
+            "extractor": q.extractor, "perceptual": q.perceptual, "protocol": q.ic_lpips, "seeds": q.seeds,
+            "subset_cap": q.kid_subset_cap, "subsets": q.kid_subsets,
+        }  # fmt: skip
+
     @property
     def size(self) -> int:
         """Side of the square images, in px."""
@@ -208,6 +241,39 @@ def study(parameters: Parameters) -> Study:
     return Study(parameters, settings, root, category, tuple(every), tuple(defects), tuple(methods), tuple(seeds))
 
 
+def figures_folder(parameters: Parameters) -> Path:
+    """Where tables and figures go: ``figures/`` for the built-in benchmark at demo, else beside the runs.
+
+    Only a data set whose pixels may be passed on reaches ``figures/``, which is in git.
+    """
+    if parameters.figures_root:
+        return Path(parameters.figures_root)
+    free = parameters.data_root is None and layouts.DATASETS[parameters.dataset].redistributable
+    own = parameters.split is None and parameters.runs_root is None and paths.RUNS == paths.ROOT / "runs"
+    if free and own and parameters.profile_name == "demo":
+        return paths.FIGURES
+    return parameters.dataset_folder() / "figures"
+
+
+def results(parameters: Parameters) -> pd.DataFrame:
+    """All results of this profile, split and data set so far, from every notebook and process."""
+    folder = parameters.dataset_folder()
+    found = runs.collect(folder.parents[1], parameters.profile_name, parameters.dataset)
+    return found[found["split"] == parameters.settings().data.split].reset_index(drop=True)
+
+
+def stamp(s: Study) -> str:
+    """The last line of a notebook: what was run, on which code and machine."""
+    about = runs.provenance()
+    versions = ", ".join(f"{name} {about['versions'][name]}" for name in ("torch", "diffusers", "torch-fidelity", "lpips"))
+    code = about["git_sha"][:12] + (" with uncommitted changes" if about["dirty"] else "")
+    return (
+        f"profile {s.settings.profile}, {s.parameters.dataset}/{s.category} ({', '.join(s.defects)}), "
+        f"split {s.settings.data.split}, methods {', '.join(s.methods)}, seeds {', '.join(map(str, s.seeds))}\n"
+        f"code {code}, python {about['python']}, {versions}, {about['device']}"
+    )
+
+
 def fit(s: Study, method: str, seed: int) -> dict[str, Any]:
     """Fit a method on the shots; the record of the stage."""
     config = base.configure(method, s.settings.methods.get(method, {}))
@@ -256,23 +322,17 @@ def quality(s: Study, method: str, seed: int) -> dict[str, Any]:
 
     Real images are all those of the defect (shots and held-out), as in DefectSynth; IC-LPIPS clusters around the shots.
     """
-    settings = s.settings.quality
     upstream = sample(s, method, seed)
-    values = {"quality": settings.model_dump()}
+    values = {"quality": s.settings.quality.model_dump()}
     folder, key = s.folder(method, seed), runs.stage_key(values, [upstream["key"]])
     if (record := folder.complete("quality", key)) is not None:
         return record
     with runs.stage(folder, "quality", key, s.identity(method, seed), values, {"sample": upstream["key"]}) as metrics:
-        shots, held_out = s.shots(seed), s.held_out(seed)
+        shots = s.shots(seed)
         for defect in s.defects:
             refs = [shot.image for shot in shots if shot.defect == defect]
-            real = refs + [image for image, _, name, _ in held_out if name == defect]
             drawn = [item.image for item in sampling.load(folder.path, defect)]
-            rows = quality_metrics.evaluate(
-                drawn, real, refs, extractor=settings.extractor, perceptual=settings.perceptual,
-                protocol=settings.ic_lpips, subset_cap=settings.kid_subset_cap, subsets=settings.kid_subsets,
-                seeds=settings.seeds,
-            )  # fmt: skip
+            rows = quality_metrics.evaluate(drawn, s.real(defect, seed), refs, **s.quality_arguments())
             metrics.extend({**row, "defect": defect} for row in rows)
     return folder.record("quality")
 

@@ -1,0 +1,5 @@
+"""``python -m defectlib``."""
+
+from defectlib.cli import main
+
+main()

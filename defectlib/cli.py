@@ -1,0 +1,156 @@
+"""``python -m defectlib …``: reproduce, report, doctor, audit, and the single job that Snakemake starts."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from defectlib import params, paths
+from defectlib.params import Parameters
+
+
+def main(words: list[str] | None = None) -> None:
+    """Entry point: bad input ends with one sentence and exit code 2, a failed run with 1."""
+    arguments = parser().parse_args(words)
+    try:
+        sys.exit(arguments.run(arguments))
+    except (ValueError, FileNotFoundError) as error:
+        print(f"defectlib: {error}", file=sys.stderr)
+        sys.exit(2)
+    except RuntimeError as error:
+        print(f"defectlib: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    top = argparse.ArgumentParser(prog="defectlib", description="Few-shot defect image generation, reproduced.")
+    commands = top.add_subparsers(required=True, metavar="command")
+
+    one = commands.add_parser("reproduce", help="run all nine notebooks on a data set, then the tables and figures")
+    _data_options(one)
+    one.add_argument("--grid", choices=["full"], help="all categories and defects, not only the profile's first ones")
+    one.add_argument("--category", help="comma-separated categories instead of the profile's first ones")
+    one.add_argument("--methods", help="comma-separated methods instead of the profile's")
+    one.add_argument("--seeds", help="comma-separated seeds instead of the profile's")
+    one.add_argument("--grouping", choices=["category", "run"], default="category", help="what one job covers")
+    one.add_argument("--cores", type=int, default=os.cpu_count(), help="jobs at a time on one machine")
+    one.add_argument("--workflow-profile", default="default", help="folder of workflow/profiles: default or slurm")
+    one.add_argument("--dry-run", action="store_true", help="print what would run")
+    one.set_defaults(run=_reproduce)
+
+    job = commands.add_parser("run-job", help="run one job of a batch (Snakemake calls this)")
+    job.add_argument("job")
+    job.add_argument("--batch", required=True, type=Path)
+    job.set_defaults(run=_run_job)
+
+    report = commands.add_parser("report", help="tables and report.html from the stage files of a batch")
+    report.add_argument("--batch", required=True, type=Path, help="batch.json in the data set's run folder")
+    report.add_argument("--receipt", type=Path)
+    report.set_defaults(run=_report)
+
+    book = commands.add_parser("notebooks", help="sync the notebooks with their text and execute them in place on mini")
+    book.add_argument("--profile", default="demo")
+    book.add_argument("names", nargs="*", help="for example 07_quality; default all")
+    book.set_defaults(run=_notebooks)
+
+    audit = commands.add_parser("audit", help="what is wrong with a data folder; changes nothing")
+    _data_options(audit)
+    audit.set_defaults(run=_audit)
+
+    doctor = commands.add_parser("doctor", help="what is there, what is missing, and the command that gets it")
+    doctor.set_defaults(run=_doctor)
+    return top
+
+
+def _data_options(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--profile", default="demo", help="smoke, demo or paper")
+    sub.add_argument("--dataset", default="mini", help="mini, mvtec_ad, gdxray, magnetic_tile, ..., or folder")
+    sub.add_argument("--data-root", help="where the data set lies; default data/<dataset>")
+    sub.add_argument("--split", choices=["first_third", "random_thirds", "all_shots"], help="default: the profile's")
+    sub.add_argument("--tiles", help="side of square crops in px, or auto, or none; default: as the data set needs")
+    sub.add_argument("--runs", help="the runs folder; default runs/")
+    sub.add_argument("--figures", help="where tables and figures go; default: figures/ for mini at demo, else beside the runs")
+
+
+def _parameters(a: argparse.Namespace, **more: Any) -> Parameters:
+    tiles = int(a.tiles) if (a.tiles or "").isdigit() else a.tiles
+    values = {
+        "profile": a.profile, "dataset": a.dataset, "data_root": a.data_root and str(Path(a.data_root).resolve()),
+        "split": a.split, "tiles": tiles, "runs_root": a.runs and str(Path(a.runs).resolve()),
+        "figures_root": a.figures and str(Path(a.figures).resolve()), **more,
+    }  # fmt: skip
+    return params.validate({name: value for name, value in values.items() if value is not None}, "command line")
+
+
+def _listed(text: str | None) -> list[str] | None:
+    return [word.strip() for word in text.split(",") if word.strip()] if text else None
+
+
+def _reproduce(a: argparse.Namespace) -> int:
+    from defectlib import batch, stages
+
+    seeds = _listed(a.seeds)
+    more = {"methods": _listed(a.methods), "seeds": [int(s) for s in seeds] if seeds else None, "grid": a.grid}
+    parameters = _parameters(a, **more)
+    chosen = _listed(a.category) or stages.categories(parameters)
+    for category in chosen:
+        stages.study(parameters.model_copy(update={"category": category}))
+    values = {
+        "parameters": parameters.model_dump(exclude_none=True), "categories": chosen, "grouping": a.grouping,
+    }  # fmt: skip
+    words = ["--workflow-profile", str(paths.ROOT / "workflow" / "profiles" / a.workflow_profile)]
+    words += ["--cores", str(a.cores)] if a.workflow_profile == "default" else []
+    batch.reproduce(values, words + (["--executor", "dryrun"] if a.dry_run else []))
+    return 0
+
+
+def _run_job(a: argparse.Namespace) -> int:
+    from defectlib import batch
+
+    values = json.loads(a.batch.read_text())
+    graph = batch.jobs(params.validate(values["parameters"]), values["categories"], values["grouping"])
+    batch.run_job(graph[a.job])
+    return 0
+
+
+def _report(a: argparse.Namespace) -> int:
+    from defectlib.report import build
+
+    page = build.report(json.loads(a.batch.read_text()))
+    print(page)
+    if a.receipt:
+        paths.write_text(a.receipt, json.dumps({"page": str(page)}))
+    return 0
+
+
+def _notebooks(a: argparse.Namespace) -> int:
+    from defectlib import batch
+
+    for name in a.names or batch.NOTEBOOKS:
+        print(name, f"{batch.execute_in_place(name, a.profile):.0f} s", flush=True)
+    return 0
+
+
+def _audit(a: argparse.Namespace) -> int:
+    from defectlib import stages
+    from defectlib.data import audit
+
+    parameters = _parameters(a)
+    root = stages.data_root(parameters)
+    found = audit.audit(parameters.dataset, root)
+    print(f"{parameters.dataset} in {root}: {len(found)} findings")
+    if len(found):
+        print(found.to_string(index=False))
+    return 1 if audit.spoils(found) else 0
+
+
+def _doctor(_: argparse.Namespace) -> int:
+    from defectlib import doctor
+
+    print(doctor.page())
+    return 0

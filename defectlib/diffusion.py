@@ -1,0 +1,79 @@
+"""The noise schedule, noising, and one denoising loop with step hooks.
+
+Schedulers are diffusers' own. ``clip_sample`` is off, as in Stable Diffusion's configuration: a clipped prediction
+flattens latents of unit variance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from diffusers import DDIMScheduler
+from torch import Tensor
+
+Hook = Callable[[float, Tensor, Tensor], Tensor]
+
+
+def sd_scheduler() -> DDIMScheduler:
+    """Stable Diffusion 1.5's schedule: T = 1000, "scaled linear" beta from 0.00085 to 0.012."""
+    return DDIMScheduler(
+        num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
+        clip_sample=False, set_alpha_to_one=False, steps_offset=1,
+    )  # fmt: skip
+
+
+def noise_like(seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
+    """Standard normal noise (N, *shape), one CPU generator a sample: row i depends on ``seeds[i]`` alone."""
+    rows = [torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    return torch.stack(rows)
+
+
+def empirical_x0(noisy: Tensor, alpha_bar: Tensor, data: Tensor) -> Tensor:
+    """The best possible denoiser of a finite data set, in closed form.
+
+    For x_t = sqrt(a) x_0 + sqrt(1 - a) eps with x_0 uniform over ``data``, the minimiser of the diffusion loss is the
+    posterior mean E[x_0 | x_t] = sum_i softmax_i(-||x_t - sqrt(a) x_i||^2 / (2 (1 - a))) x_i.
+
+    Args:
+        noisy: x_t, float32 (N, C, H, W).
+        alpha_bar: The scheduler's cumulative product a at this timestep, a scalar in (0, 1).
+        data: All x_0, float32 (M, C, H, W).
+
+    Returns:
+        E[x_0 | x_t], (N, C, H, W).
+    """
+    distance = torch.cdist(noisy.flatten(1).double(), alpha_bar.double().sqrt() * data.flatten(1).double()).square()
+    weight = torch.softmax(-distance / (2 * (1 - alpha_bar.double())), dim=1)
+    return (weight @ data.flatten(1).double()).view_as(noisy).to(noisy.dtype)
+
+
+def denoise(
+    predict_noise: Callable[[Tensor, Tensor], Tensor],
+    latents: Tensor,
+    scheduler: DDIMScheduler,
+    num_inference_steps: int,
+    hooks: Sequence[Hook] = (),
+) -> Tensor:
+    """Deterministic DDIM (eta = 0): the one loop that every method's sampling goes through.
+
+    Args:
+        predict_noise: eps(x_t, t); t is a scalar timestep.
+        latents: x_T, (N, C, H, W).
+        scheduler: Any DDIM scheduler; its own noise schedule is kept.
+        num_inference_steps: Steps K.
+        hooks: Called after each step with (fraction of the schedule done in (0, 1], latents, predicted x_0); each
+            returns the latents to go on with. Fractions, not step indices, so 10 and 50 steps mean the same.
+    """
+    scheduler.set_timesteps(num_inference_steps)
+    for i, timestep in enumerate(scheduler.timesteps):
+        step = scheduler.step(predict_noise(latents, timestep), timestep, latents, eta=0.0)
+        latents = step.prev_sample
+        for hook in hooks:
+            latents = hook((i + 1) / num_inference_steps, latents, step.pred_original_sample)
+    return latents
+
+
+def noise_from_x0(noisy: Tensor, x0: Tensor, alpha_bar: Tensor) -> Tensor:
+    """The noise that a prediction of x_0 implies: eps = (x_t - sqrt(a) x_0) / sqrt(1 - a)."""
+    return (noisy - alpha_bar.sqrt() * x0) / (1 - alpha_bar).sqrt()

@@ -1,0 +1,73 @@
+"""One page on what is here and what is missing, each with the exact command or step that gets it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from pathlib import Path
+
+from defectlib import params, paths, runs
+from defectlib.data import layouts
+from defectlib.metrics import features
+
+
+def page() -> str:
+    """The whole page as text."""
+    parts = [_machine(), _packages(), _profiles(), _weights(), _data()]
+    return "\n\n".join(f"{title}\n" + "\n".join(f"  {line}" for line in lines) for title, lines in parts)
+
+
+def _machine() -> tuple[str, list[str]]:
+    commit, dirty = runs.git_state()
+    return "Machine", [
+        f"python      {platform.python_version()} ({platform.system()} {platform.machine()})",
+        f"device      {runs.device_name()}",
+        f"code        {commit[:12]}{' with uncommitted changes' if dirty else ''} in {paths.ROOT}",
+    ]
+
+
+def _packages() -> tuple[str, list[str]]:
+    """Installed against locked versions."""
+    locked = dict(
+        line.split(";")[0].split(" \\")[0].strip().split("==")
+        for line in (paths.ROOT / "requirements.lock").read_text().splitlines()
+        if "==" in line and not line.startswith((" ", "#"))
+    )
+    lines = []
+    for name in runs.PACKAGES:
+        try:
+            here = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            lines.append(f"{name:28} MISSING: make env")
+            continue
+        same = here.split("+")[0] == locked.get(name, here)
+        lines.append(f"{name:28} {here}{'' if same else f'  (locked: {locked[name]}; make env)'}")
+    return "Packages", lines
+
+
+def _profiles() -> tuple[str, list[str]]:
+    return "Profiles", [
+        f"{name:8} {s.data.image_size} px, backbone {s.backbone}, extractor {s.quality.extractor}, methods {', '.join(s.methods)}"
+        for name in params.profile_names()
+        for s in (params.load_profile(name),)
+    ]
+
+
+def _weights() -> tuple[str, list[str]]:
+    return "Weights", [
+        f"{name:10} {'present: ' + str(where) if present else 'missing: ' + how}"
+        for name, (present, where, how) in sorted(features.available().items())
+    ]
+
+
+def _data() -> tuple[str, list[str]]:
+    lines = []
+    for name, spec in layouts.DATASETS.items():
+        root = Path(paths.DATA / name)
+        if name == "mini":
+            lines.append(f"{name:14} built in; made at first use in {root}")
+        elif name == "folder":
+            lines.append(f"{name:14} any folder in MVTec AD's layout: make reproduce DATASET=folder DATA_ROOT=...")
+        else:
+            lines.append(f"{name:14} {'present: ' + str(root) if root.is_dir() else 'missing: ' + spec.obtain}")
+    return "Data sets", lines

@@ -1,0 +1,123 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 7. Quality: KID, IS, LPIPS and how far to trust them
+#
+# Measures the samples against the real images: Tables **II** and **III** of DefectSynth, and the IS and IC-LPIPS that the
+# other papers report. With 5 to 30 real images these numbers move a lot, and the same name stands for different
+# computations in different papers. So every number here carries its protocol, and the last section shows how much the
+# numbers move by themselves.
+#
+# An extractor's name is part of a number's name. Offline, features come from a small network trained on procedural
+# textures (`tiny-kid`, `tiny-is`, `tiny-lpips`); its numbers mean something among themselves and are never set beside
+# Inception's.
+#
+# One unit of this notebook is a category; `methods` and `seeds` are lists.
+
+# %% tags=["parameters"]
+profile = None  # smoke, demo or paper; None: the environment variable DEFECTLIB_PROFILE, else smoke
+dataset = "mini"
+data_root = None
+category = None  # None: the first category of the data set
+defects = None
+methods = None
+seeds = None
+split = None
+tiles = None
+grid = None
+prompts = {}
+runs_root = None
+figures_root = None
+
+# %%
+import json
+
+import pandas as pd
+
+from defectlib import params, sampling, stages
+from defectlib.metrics import features, quality
+from defectlib.report import figures, tables
+
+p = params.read(globals())
+s = stages.study(p)
+folder = stages.figures_folder(p)
+figures.style()
+
+# %% [markdown]
+# ## The measures
+#
+# * **KID**: squared maximum mean discrepancy between real and generated features, unbiased, polynomial kernel. Can be
+#   negative for equal sets; lower is better. The subset size is min(real, generated, cap), because the usual 1,000 does
+#   not exist here.
+# * **IS**: exp of the mean divergence between the class distribution of an image and that of all. Higher is more varied.
+# * **LPIPS**: distance to the nearest real image.
+# * **IC-LPIPS**: samples are assigned to their nearest shot; mean distance between samples of one cluster. Higher is more
+#   diverse. Three protocols are in use; the one used here is named beside the number.
+
+# %%
+for method in s.methods:
+    for seed in s.seeds:
+        stages.quality(s, method, seed)
+results = stages.results(p)
+own = results[(results["category"] == s.category) & (results["stage"] == "quality") & results["method"].isin(s.methods)]
+own.pivot_table(index=["method", "defect"], columns="metric", values="value", aggfunc="mean").round(4)
+
+# %% [markdown]
+# The protocol of each number, as it is stored beside it:
+
+# %%
+first = own.drop_duplicates("metric")
+pd.DataFrame([json.loads(text) for text in first["protocol"]], index=first["metric"]).T.fillna("")
+
+# %% [markdown]
+# ## How much the numbers move
+#
+# The same samples, measured on random halves, quarters and so on of them: the spread is what a difference between two
+# methods has to exceed before it means anything. And KID of real against real, which should be zero, shows the noise of
+# the measure itself.
+
+# %%
+method, seed, defect = s.methods[0], s.seeds[0], s.defects[0]
+drawn = [item.image for item in sampling.load(s.folder(method, seed).path, defect)]
+real = s.real(defect, seed)
+extract = features.load(s.settings.quality.extractor)
+f_drawn, f_real = extract(drawn), extract(real)
+spread = quality.subset_spread(f_real, f_drawn, repeats=20, seed=0)
+figure = figures.spread(spread, x="n", y="kid", hue="pair")
+figures.save(figure, folder, f"kid_spread_{s.category}", spread)
+figure
+
+# %%
+spread.groupby(["pair", "n"])["kid"].agg(["mean", "std"]).round(4)
+
+# %% [markdown]
+# ## Tables II and III
+#
+# `published | reproduced | delta | why not comparable`. A cell that was not run is empty.
+
+# %%
+for name in ("table_2", "table_3"):
+    table = tables.build(results, name)
+    tables.write(table, folder, name)
+table_2 = tables.build(results, "table_2")
+table_2[table_2["reproduced"].notna()]
+
+# %% [markdown]
+# ## What was found
+
+# %%
+width = spread[spread["pair"] == "real vs generated"].groupby("n")["kid"].std()
+print(f"{method} on {s.category}/{defect}: with {width.index[0]} samples KID moves by {width.iloc[0]:.3f} (one standard deviation),")
+print(f"with {width.index[-1]} by {width.iloc[-1]:.3f}. n_real = {len(real)}, n_generated = {len(drawn)}.")
+print(stages.stamp(s))

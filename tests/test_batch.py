@@ -1,0 +1,110 @@
+"""Strict runs: what papermill lets pass is an error here. Each execution starts a real kernel."""
+
+import json
+
+import nbformat
+import pytest
+
+from defectlib import batch, params, paths
+from defectlib.params import Parameters
+
+NAMES = sorted(Parameters.model_fields)
+
+
+def notebook(path, *cells):
+    book = nbformat.v4.new_notebook()
+    head = nbformat.v4.new_code_cell("\n".join(f"{n} = None" for n in NAMES), metadata={"tags": ["parameters"]})
+    book.cells = [head, *(nbformat.v4.new_code_cell(text) for text in cells)]
+    book.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    nbformat.write(book, path)
+    return path
+
+
+def run(tmp_path, *cells, **parameters):
+    source = notebook(tmp_path / "n.ipynb", *cells)
+    batch.execute(source, tmp_path / "out" / "n.ipynb", Parameters(profile="smoke", **parameters))
+
+
+def test_parameters_arrive_as_they_were_given(tmp_path):
+    """papermill's command line would turn the category '01' into 1."""
+    check = f"assert category == '01' and seeds == [0, 1]; open({str(tmp_path / 'seen')!r}, 'w').write(dataset)"
+    run(tmp_path, check, category="01", seeds=[0, 1], dataset="btad")
+    assert (tmp_path / "seen").read_text() == "btad"
+
+
+def test_unknown_parameter_is_refused_before_the_kernel_starts(tmp_path):
+    source = notebook(tmp_path / "n.ipynb", "1")
+    book = nbformat.read(source, as_version=4)
+    book.cells[0].source = "profile = None"
+    nbformat.write(book, source)
+    with pytest.raises(ValueError, match="has no parameter category, dataset"):
+        batch.execute(source, tmp_path / "out.ipynb", Parameters(profile="smoke", category="nut"))
+    assert not (tmp_path / "out.ipynb").exists()
+
+
+def test_two_parameter_cells_are_refused(tmp_path):
+    source = notebook(tmp_path / "n.ipynb", "1")
+    book = nbformat.read(source, as_version=4)
+    book.cells.append(book.cells[0])
+    nbformat.write(book, source)
+    with pytest.raises(ValueError, match="2 cells tagged 'parameters'"):
+        batch.notebook_parameters(source)
+
+
+@pytest.mark.parametrize(
+    ("cell", "message"),
+    [
+        ("raise KeyError('boom')", "failed in cell .*KeyError.*boom"),
+        ("import os; os.kill(os.getpid(), 9)", "the kernel of n.ipynb died"),
+        ("import sys; sys.exit(0)", "failed in cell|stopped before"),
+    ],
+)
+def test_what_ends_early_is_a_failure(tmp_path, cell, message):
+    with pytest.raises(RuntimeError, match=message):
+        run(tmp_path, "1", cell, "2")
+
+
+def test_graph_by_category():
+    graph = batch.jobs(Parameters(profile="demo"), ["gear", "nut"])
+    assert len(graph) == 3 + 2 * 6
+    assert graph["06_generation.nut"].needs == ("05_training.nut",)
+    assert graph["05_training.nut"].needs == ("01_data",) and graph["01_data"].needs == ()
+    assert graph["07_quality.gear"].parameters.seeds == params.load_profile("demo").seeds
+    assert graph["03_backbone"].parameters.category == "gear"
+
+
+def test_graph_by_run_has_a_job_a_method_and_seed():
+    asked = Parameters(profile="paper", dataset="mvtec_ad", methods=["crop_paste"], seeds=[0, 1, 2])
+    graph = batch.jobs(asked, ["bottle"], grouping="run")
+    job = graph["09_downstream.bottle.crop_paste.s2"]
+    assert job.needs == ("06_generation.bottle.crop_paste.s2",)
+    assert (job.parameters.methods, job.parameters.seeds) == (["crop_paste"], [2])
+    assert sum(name.startswith("05_training") for name in graph) == 3
+    assert sum(name.startswith("02_masks") for name in graph) == 1
+    with pytest.raises(ValueError, match="grouping must be"):
+        batch.jobs(asked, ["bottle"], grouping="all")
+
+
+def test_receipts_without_their_stage_files_are_withdrawn(tmp_path):
+    asked = Parameters(profile="smoke", runs_root=str(tmp_path))
+    graph = batch.jobs(asked, ["nut"])
+    job = graph["05_training.nut"]
+    (stage,) = batch.stage_files(job.parameters, "fit")
+    stage.parent.mkdir(parents=True)
+    stage.write_text("{}")
+    receipt = batch.receipts(asked) / f"{job.name}.json"
+    content = {"parameters": job.parameters.model_dump(exclude_none=True), "stage_files": [str(stage)]}
+    paths.write_text(receipt, json.dumps(content))
+    assert batch.withdraw_stale_receipts(graph) == [] and receipt.exists()
+    other = batch.jobs(asked.model_copy(update={"seeds": [7]}), ["nut"])
+    assert batch.withdraw_stale_receipts(other) == ["05_training.nut"] and not receipt.exists()
+    paths.write_text(receipt, json.dumps(content))
+    stage.unlink()
+    assert batch.withdraw_stale_receipts(graph) == ["05_training.nut"]
+
+
+def test_every_notebook_has_a_place_in_the_graph():
+    assert sorted(batch.NOTEBOOKS) == sorted(f.stem for f in paths.NOTEBOOKS.glob("*.py"))
+    order = list(batch.NOTEBOOKS)
+    for name, (_, needs, _) in batch.NOTEBOOKS.items():
+        assert all(order.index(need) < order.index(name) for need in needs)

@@ -1,0 +1,73 @@
+import numpy as np
+import pytest
+import torch
+
+from defectlib import downstream
+from defectlib.params import TrainSettings
+
+SETTINGS = TrainSettings(
+    architecture="resnet34", pretrained=False, epochs=None, steps=12, batch_size=8, learning_rate=1e-3
+)
+
+
+def discs(n, seed):
+    """Bright discs on noise, with masks; label 1 where the disc is large."""
+    rng = np.random.default_rng(seed)
+    labels = np.arange(n) % 2
+    images = rng.normal(0, 0.1, (n, 3, 32, 32))
+    masks = np.zeros((n, 1, 32, 32), bool)
+    for i in range(n):
+        cy, cx = rng.integers(10, 22, 2)
+        masks[i, 0] = np.hypot(*(np.mgrid[:32, :32] - np.array([cy, cx])[:, None, None])) < (9 if labels[i] else 4)
+        images[i] += masks[i] * 0.8
+    return torch.from_numpy(images).float().clamp(-1, 1), torch.from_numpy(masks), torch.from_numpy(labels)
+
+
+def test_batches_are_full_and_even():
+    drawn = np.concatenate(list(downstream.batches(5, 4, 5, np.random.default_rng(0))))
+    assert np.bincount(drawn).tolist() == [4] * 5
+
+
+def test_steps_from_epochs():
+    by_epoch = SETTINGS.model_copy(update={"epochs": 30, "steps": None})
+    assert downstream.n_steps(by_epoch, 17) == 90 and downstream.n_steps(SETTINGS, 17) == 12
+
+
+def test_length_is_given_once():
+    with pytest.raises(ValueError, match="exactly one of epochs and steps"):
+        TrainSettings(**{**SETTINGS.model_dump(), "epochs": 3})
+
+
+def test_flips_are_the_same_for_image_and_mask():
+    image = torch.arange(2 * 9).view(2, 1, 3, 3).float()
+    for seed in range(6):
+        x, y = downstream.flipped([image, image.clone()], np.random.default_rng(seed))
+        assert torch.equal(x, y)
+    assert any(not torch.equal(downstream.flipped([image], np.random.default_rng(s))[0], image) for s in range(6))
+
+
+def test_classifier_learns_and_is_a_function_of_its_seed():
+    images, _, labels = discs(32, 0)
+    test, _, truth = discs(16, 1)
+    state = torch.get_rng_state()
+    model, curve = downstream.train_classifier(images, labels, 2, SETTINGS, seed=0)
+    assert torch.equal(torch.get_rng_state(), state), "the caller's random state is given back"
+    p = downstream.predict_classes(model, test)
+    assert p.shape == (16, 2) and torch.allclose(p.sum(1), torch.ones(16))
+    assert (p.argmax(1) == truth).float().mean() > 0.8 and curve[-1] < curve[0]
+    again, _ = downstream.train_classifier(images, labels, 2, SETTINGS, seed=0)
+    assert torch.equal(downstream.predict_classes(again, test), p)
+    other, _ = downstream.train_classifier(images, labels, 2, SETTINGS, seed=1)
+    assert not torch.equal(downstream.predict_classes(other, test), p)
+
+
+def test_localiser_learns_where_the_disc_is():
+    images, masks, _ = discs(24, 0)
+    normals = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(0)).mul(0.1).clamp(-1, 1)
+    settings = SETTINGS.model_copy(update={"architecture": "smp-unet-resnet18", "steps": 20})
+    model, curve = downstream.train_localiser(images, masks, normals, settings, seed=0)
+    test, truth, _ = discs(8, 1)
+    maps = downstream.predict_maps(model, test)
+    assert maps.shape == (8, 32, 32) and 0 <= maps.min() and maps.max() <= 1
+    assert maps[truth[:, 0]].mean() > maps[~truth[:, 0]].mean() + 0.3
+    assert torch.allclose(downstream.predict_maps(model, test, batch_size=3), maps, atol=1e-5)

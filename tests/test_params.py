@@ -1,0 +1,77 @@
+import pytest
+
+from defectlib import params, paths
+
+
+def test_shipped_profiles_are_valid():
+    assert {"smoke", "demo", "paper"} <= set(params.profile_names())
+    for name in params.profile_names():
+        assert params.load_profile(name).profile == name
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"catgory": "nut"}, "catgory: unknown parameter"),
+        ({"category": 1}, "category: .*string"),
+        ({"seeds": ["0"]}, r"seeds\.0: .*integer"),
+        ({"split": "half"}, "split: .*first_third"),
+        ({"tiles": "some"}, "tiles"),
+    ],
+)
+def test_wrong_parameters_are_refused(values, message):
+    with pytest.raises(ValueError, match=message):
+        params.validate(values)
+
+
+def test_read_takes_the_literals_of_a_namespace():
+    namespace = {"dataset": "mini", "category": "nut", "params": params, "_i1": "x", "In": [], "Out": {}, "len": len}
+    assert params.read(namespace).category == "nut"
+    with pytest.raises(ValueError, match="sedes: unknown parameter"):
+        params.read({**namespace, "sedes": [1]})
+
+
+def test_profile_comes_from_the_environment(monkeypatch):
+    monkeypatch.delenv("DEFECTLIB_PROFILE", raising=False)
+    assert params.Parameters().profile_name == "smoke"
+    monkeypatch.setenv("DEFECTLIB_PROFILE", "demo")
+    assert params.Parameters().profile_name == "demo"
+    assert params.Parameters(profile="paper").profile_name == "paper"
+
+
+def test_unknown_profile_lists_the_known():
+    with pytest.raises(ValueError, match="no profile 'demp'.*demo, paper, smoke"):
+        params.load_profile("demp")
+
+
+def test_a_wrong_profile_names_file_and_key(tmp_path, monkeypatch):
+    text = (paths.PARAMS / "profiles" / "smoke.yaml").read_text()
+    (tmp_path / "profiles").mkdir()
+    (tmp_path / "profiles" / "bad.yaml").write_text(text.replace("learning_rate: 1.0e-3", "learning_rate: 1e-3"))
+    monkeypatch.setattr(paths, "PARAMS", tmp_path)
+    with pytest.raises(ValueError, match=r"bad\.yaml: downstream\.localiser\.learning_rate"):
+        params.load_profile("bad")
+
+
+def test_the_split_joins_the_folder_name_where_it_is_not_the_profiles_own():
+    assert params.Parameters(profile="demo", runs_root="r").dataset_folder().as_posix() == "r/demo/mini"
+    other = params.Parameters(profile="demo", runs_root="r", split="all_shots")
+    assert other.dataset_folder().as_posix() == "r/demo+all_shots/mini"
+    assert other.settings().data.split == "all_shots"
+
+
+def test_category_files_are_valid_and_named_after_what_they_hold():
+    files = [f for f in paths.PARAMS.glob("*/*.yaml") if f.parent.name != "profiles"]
+    assert len(files) >= 40
+    for file in files:
+        loaded = params.load_category(file.parent.name, file.stem)
+        assert (loaded.dataset, loaded.category) == (file.parent.name, file.stem), file
+        assert loaded.prompts and all(text.strip() for text in loaded.prompts.values()), file
+
+
+def test_prompts(monkeypatch):
+    given = params.Parameters(prompts={"crack": "my crack"})
+    assert params.prompt(given, "nut", "crack") == "my crack"
+    assert params.prompt(params.Parameters(dataset="folder"), "gear_box", "deep_cut") == "a gear box with a deep cut"
+    own = params.Parameters(dataset="mvtec_ad")
+    assert params.prompt(own, "bottle", "broken_large") == "A bottle with large broken defects"

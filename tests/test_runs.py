@@ -1,0 +1,80 @@
+import json
+
+import pytest
+
+from defectlib import runs
+from defectlib.runs import RunFolder
+
+IDENTITY = {"profile": "p", "split": "first_third", "dataset": "d", "category": "c", "method": "m", "seed": 0}
+
+
+def make(folder, stage, key, value=1.0):
+    with runs.stage(folder, stage, key, IDENTITY, {"n": 1}, {}) as metrics:
+        metrics.append({"metric": "score", "value": value, "protocol": {"extractor": "tiny", "n_real": 3}})
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return RunFolder(tmp_path / "p" / "d" / "c" / "m" / "s0")
+
+
+def test_a_stage_is_complete_only_with_its_key(folder):
+    assert folder.complete("fit", "k1") is None
+    make(folder, "fit", "k1")
+    assert folder.complete("fit", "k1")["metrics"][0]["value"] == 1.0
+    assert folder.complete("fit", "k2") is None
+
+
+def test_a_failed_stage_writes_no_stage_file(folder):
+    with pytest.raises(RuntimeError), runs.stage(folder, "fit", "k", IDENTITY, {}, {}):
+        raise RuntimeError("killed")
+    assert folder.record("fit") is None
+
+
+def test_other_parameters_move_the_stage_and_what_follows_aside(folder):
+    make(folder, "fit", "k1")
+    make(folder, "sample", "s1")
+    (folder.path / "images").mkdir()
+    (folder.path / "images" / "000000.png").write_bytes(b"x")
+    make(folder, "sample", "s2", value=2.0)
+    assert folder.complete("fit", "k1"), "what came before is kept"
+    assert not (folder.path / "images").exists()
+    (aside,) = (folder.path / "superseded").iterdir()
+    assert json.loads((aside / "sample.json").read_text())["key"] == "s1"
+    assert (aside / "images" / "000000.png").read_bytes() == b"x"
+
+
+def test_a_half_made_stage_of_other_parameters_is_not_continued(folder):
+    with pytest.raises(RuntimeError), runs.stage(folder, "sample", "s1", IDENTITY, {}, {}):
+        (folder.path / "images").mkdir()
+        raise RuntimeError("killed")
+    folder.supersede("sample", "s1")
+    assert (folder.path / "images").exists(), "same parameters: go on"
+    folder.supersede("sample", "s2")
+    assert not (folder.path / "images").exists(), "other parameters: aside"
+
+
+def test_key_depends_on_parameters_and_upstream():
+    keys = {runs.stage_key({"n": 1}, ["a"]), runs.stage_key({"n": 2}, ["a"]), runs.stage_key({"n": 1}, ["b"])}
+    assert len(keys) == 3
+    assert runs.stage_key({"a": 1, "b": 2}, []) == runs.stage_key({"b": 2, "a": 1}, [])
+
+
+def test_collect_is_one_long_frame(tmp_path, folder):
+    make(folder, "fit", "k1", value=0.5)
+    make(folder, "quality", "q1", value=None)
+    (folder.path / "params.json").write_text("{}")
+    frame = runs.collect(tmp_path)
+    assert list(frame.columns) == list(runs.COLUMNS)
+    assert frame["value"].tolist()[0] == 0.5 and frame["value"].isna().tolist() == [False, True]
+    assert frame["extractor"].unique().tolist() == ["tiny"] and frame["n_real"].unique().tolist() == [3]
+    assert frame["seed"].tolist() == [0, 0] and frame["path"][0] == "p/d/c/m/s0/fit.json"
+    assert runs.collect(tmp_path, profile="other").empty
+    assert runs.collect_parquet(tmp_path, tmp_path / "all.parquet").equals(frame)
+
+
+def test_the_record_is_a_birth_certificate(folder):
+    make(folder, "fit", "k1")
+    record = folder.record("fit")
+    assert record["versions"]["torch"] and record["device"] and record["wall_s"] >= 0 and record["peak_memory_mb"] > 0
+    assert {"git_sha", "dirty", "parameters", "inputs", "started", *IDENTITY} <= set(record)
