@@ -80,9 +80,11 @@ def read_mask(path: Path | str, box: Box | None = None, size: int | None = None,
 
 
 def mask_values(path: Path | str) -> np.ndarray:
-    """The grey values of a mask file as an integer array (H, W); palette files give their indices."""
+    """The grey values of a mask file as an integer array (H, W); palette files give their indices, 1-bit files 0/255."""
     image = open_pil(path)
-    values = np.asarray(image.getchannel(0) if image.mode in ("LA",) else image)
+    if image.mode in ("1", "LA"):
+        image = image.convert("L")
+    values = np.asarray(image)
     if values.ndim == 3:
         values = values[..., :3].max(axis=-1)
     return values.astype(np.int64)

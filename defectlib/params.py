@@ -35,10 +35,14 @@ class DataSettings(Strict):
 
 
 class SampleSettings(Strict):
-    """How much is drawn; ``group_size`` is the unit of resume and of fusion across samples."""
+    """How much is drawn; ``group_size`` is the unit of resume and of fusion across samples.
+
+    ``mask_source`` names a function of ``masks.sources``; methods that draw their own masks do not use it.
+    """
 
     n_per_defect: int = Field(ge=1, le=9999)
     group_size: int = Field(ge=1)
+    mask_source: Literal["affine", "perlin"]
 
 
 class QualitySettings(Strict):

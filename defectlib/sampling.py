@@ -16,10 +16,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from defectlib import images, paths
+from defectlib.masks import shape
 from defectlib.methods.base import Method
 from defectlib.types import Request, Sample, Shot
 
-MaskSource = Callable[[np.random.Generator, Sequence[Shot]], Tensor]
+MaskSource = Callable[[np.random.Generator, Sequence[Shot], Tensor], Tensor]
 
 SEED_STRIDE_RUN, SEED_STRIDE_DEFECT = 1_000_000, 10_000
 COLUMNS = ["seed", "group", "category", "defect", "prompt", "area", "components", "change_inside", "change_outside"]
@@ -41,7 +42,8 @@ def plan(
         shots: The real pairs; their defects are what is asked for.
         normals: float32 (3, H, W) images to draw on; chosen by the request's seed.
         n: Requests a defect, at most 9,999.
-        mask_source: Draws a mask from (generator, shots of the defect); None where the method makes its own.
+        mask_source: Draws a mask from (generator, shots of the defect, normal), see ``masks.sources``; None where the
+            method makes its own.
         seed: The run's seed. Request i of defect d has the seed ``seed * 1e6 + d * 1e4 + i``.
         prompts: Defect -> text prompt.
         defects: All defects of the category in order; a defect's index d does not move when fewer are asked for.
@@ -61,7 +63,7 @@ def plan(
             # A child stream: what a method draws from the request's seed is independent of what was drawn here.
             rng = np.random.default_rng([base + i, 1])
             normal = normals[rng.integers(len(normals))]
-            mask = None if mask_source is None else mask_source(rng, own)
+            mask = None if mask_source is None else mask_source(rng, own, normal)
             group = (base + i // group_size * group_size) if group_size > 1 else base + i
             requests.append(Request(normal, mask, own[0].category, defect, prompts[defect], base + i, group))
     return requests
@@ -109,8 +111,6 @@ def describe(requests: Sequence[Request], folder: Path) -> pd.DataFrame:
 
     Changes are in 8-bit grey levels, inside and outside the mask; an unchanged inside means that nothing was drawn.
     """
-    from scipy.ndimage import label
-
     rows = []
     for request in requests:
         image, mask = read_pair(folder, request.seed)
@@ -119,7 +119,7 @@ def describe(requests: Sequence[Request], folder: Path) -> pd.DataFrame:
         outside = ~mask
         rows.append([
             request.seed, request.group, request.category, request.defect, request.prompt,
-            round(mask.float().mean().item(), 5), int(label(mask[0].numpy(), np.ones((3, 3)))[1]),
+            round(mask.float().mean().item(), 5), shape.describe(mask).components,
             round(change[mask].mean().item(), 2) if mask.any() else 0.0,
             round(change[outside].mean().item(), 2) if outside.any() else 0.0,
         ])  # fmt: skip

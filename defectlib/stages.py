@@ -23,7 +23,7 @@ from torch import Tensor
 from defectlib import downstream as models
 from defectlib import params, paths, runs, sampling
 from defectlib.data import audit, layouts, mini, splits, tiles
-from defectlib.masks import trimap
+from defectlib.masks import sources, trimap
 from defectlib.methods import base
 from defectlib.metrics import quality as quality_metrics
 from defectlib.metrics import regions
@@ -299,8 +299,9 @@ def sample(s: Study, method: str, seed: int, progress: bool = False) -> dict[str
         return record
     with runs.stage(folder, "sample", key, s.identity(method, seed), values, {"fit": upstream["key"]}) as metrics:
         fitted = base.get(method).load(folder.model)
+        source = None if fitted.makes_masks else sources.SOURCES[s.settings.sample.mask_source]
         requests = sampling.plan(
-            s.shots(seed), s.normals(seed), s.settings.sample.n_per_defect, None, seed, s.prompts(),
+            s.shots(seed), s.normals(seed), s.settings.sample.n_per_defect, source, seed, s.prompts(),
             s.all_defects, s.settings.sample.group_size,
         )  # fmt: skip
         fresh = not (folder.path / "images").exists()

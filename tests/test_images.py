@@ -94,3 +94,9 @@ def test_box_is_cut_before_the_resize(tmp_path):
 def test_mask_threshold(tmp_path, threshold, expected):
     write(tmp_path / "m.png", np.array([[0, 60, 253]], np.uint8))
     assert images.read_mask(tmp_path / "m.png", threshold=threshold)[0, 0].tolist() == expected
+
+
+def test_one_bit_masks_are_0_and_255(tmp_path):
+    Image.fromarray(np.array([[False, True]])).save(tmp_path / "m.png")
+    assert Image.open(tmp_path / "m.png").mode == "1"
+    assert images.read_mask(tmp_path / "m.png")[0, 0].tolist() == [False, True]

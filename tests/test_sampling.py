@@ -33,7 +33,7 @@ class Painter:
         ]
 
 
-def source(rng, shots):
+def source(rng, shots, normal):
     return shots[rng.integers(len(shots))].mask
 
 
@@ -46,7 +46,9 @@ def test_seeds_are_distinct_and_stable():
     assert [r.seed for r in requests] == [*range(6), *range(10_000, 10_006)]
     assert plan(seed=3)[0].seed == 3_000_000
     longer = {r.seed: r for r in plan(n=9)}
-    assert all(torch.equal(longer[r.seed].normal, r.normal) and torch.equal(longer[r.seed].mask, r.mask) for r in requests)
+    assert all(
+        torch.equal(longer[r.seed].normal, r.normal) and torch.equal(longer[r.seed].mask, r.mask) for r in requests
+    )
 
 
 def test_a_defect_keeps_its_seeds_when_fewer_are_asked_for():
@@ -125,7 +127,7 @@ def test_load_before_draw_says_what_to_do(tmp_path):
 def test_mask_source_sees_the_defects_own_shots():
     seen = {}
 
-    def spy(rng, shots):
+    def spy(rng, shots, normal):
         seen.setdefault(shots[0].defect, set()).update(s.id for s in shots)
         assert isinstance(rng, np.random.Generator)
         return shots[0].mask

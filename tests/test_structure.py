@@ -12,11 +12,10 @@ import pytest
 
 from defectlib import batch, params, paths
 
-ROOMS = (
-    "paths types images params data masks backbone attention diffusion training methods sampling metrics downstream "
-    "runs stages published report doctor batch cli"
-).split()
-# `report/build.py` gathers for the page what the rooms above it made.
+ROOMS = [
+    *("paths", "types", "images", "params", "data", "masks", "backbone", "attention", "diffusion", "training"),
+    *("methods", "sampling", "metrics", "downstream", "runs", "stages", "published", "report", "doctor", "batch", "cli"),
+]
 NOTEBOOKS = sorted(batch.NOTEBOOKS)
 
 

@@ -52,6 +52,7 @@ class Method(Protocol):
         """Read what :meth:`save` wrote."""
 
 
+PROMISED = ("Config", "scope", "makes_masks", "preserves_background", "fit", "sample", "save", "load")
 _REGISTRY: dict[str, type[Method]] = {}
 
 
@@ -64,9 +65,9 @@ def register(name: str) -> Callable[[type], type]:
         known = _REGISTRY.get(name)
         if known is not None and known.__qualname__ != cls.__qualname__:
             raise ValueError(f"method '{name}' is registered twice: {known.__qualname__} and {cls.__qualname__}")
-        missing = [part for part in Method.__protocol_attrs__ if not hasattr(cls, part)]
+        missing = [part for part in PROMISED if not hasattr(cls, part)]
         if missing:
-            raise ValueError(f"method '{name}' lacks {', '.join(sorted(missing))}: see methods/base.py")
+            raise ValueError(f"method '{name}' lacks {', '.join(missing)}: see methods/base.py")
         cls.name = name
         _REGISTRY[name] = cls
         return cls

@@ -20,7 +20,7 @@ from scipy.ndimage import distance_transform_edt
 from torch import Tensor
 
 from defectlib import paths
-from defectlib.masks.random import affine_crop, place
+from defectlib.masks.random import affine_crop, at, centred, place, windows
 from defectlib.masks.trimap import foreground
 from defectlib.methods.base import MethodConfig, register
 from defectlib.types import Request, Sample, Shot
@@ -45,15 +45,11 @@ def paste(normal: Tensor, patch: Tensor, mask: Tensor, y: int, x: int, feather: 
         The image (3, H, W) and its mask (1, H, W). Outside the mask the normal is untouched, whatever the feather: the
         blend runs from the mask's edge inwards.
     """
-    height, width = normal.shape[1:]
-    placed = torch.zeros(1, height, width, dtype=torch.bool)
+    frame = tuple(normal.shape[1:])
+    placed = at(mask, (y, x), frame)
+    outside, inside = windows(tuple(mask.shape[1:]), (y, x), frame)
     drawn = normal.clone()
-    top, left = max(0, -y), max(0, -x)
-    bottom, right = min(mask.shape[1], height - y), min(mask.shape[2], width - x)
-    window = np.s_[:, y + top : y + bottom, x + left : x + right]
-    inside = np.s_[:, top:bottom, left:right]
-    placed[window] = mask[inside]
-    drawn[window] = torch.where(mask[inside], patch[inside], normal[window])
+    drawn[outside] = torch.where(mask[inside], patch[inside], normal[outside])
     if feather > 0:
         depth = distance_transform_edt(placed[0].numpy())
         alpha = torch.from_numpy(np.minimum(1.0, depth / (feather + 1))).float()[None]
@@ -98,9 +94,7 @@ class CropPaste:
             if corner is not None:
                 break
         else:
-            # The last defect fits nowhere whole: it is centred on the foreground and what hangs over is cut off.
-            ys, xs = torch.nonzero(allowed[0], as_tuple=True)
-            corner = (int(ys.float().mean()) - mask.shape[1] // 2, int(xs.float().mean()) - mask.shape[2] // 2)
+            corner = centred(mask, allowed)  # the last defect fits nowhere whole: what hangs over is cut off
         image, placed = paste(request.normal, patch, mask, *corner, self.config.feather)
         if self.config.inside_foreground and not (placed <= allowed).all():
             placed &= allowed

@@ -1,8 +1,8 @@
 """The papers' tables as tidy frames, in the names that this package uses.
 
-The CSV files beside this one are transcriptions; the dicts below say, once, how the papers' names for methods, data sets
-and metrics map to ours. Where a paper leaves a metric open (LPIPS' network, the threshold of an F1), the name stays open
-too, so that no number of ours can be set beside it by accident.
+The CSV files beside this one are transcriptions; the dicts below say, once, how the papers' names for methods, data
+sets and metrics map to ours. Where a paper leaves a metric open (LPIPS' network, the threshold of an F1), the name
+stays open too, so that no number of ours can be set beside it by accident.
 """
 
 from __future__ import annotations
@@ -134,10 +134,10 @@ def _table(name: str) -> pd.DataFrame:
     raw = pd.read_csv(FOLDER / FILES[name])
     rows = pd.DataFrame(_READERS[name](raw))
     rows["table"] = name
-    paper = "DefectSynth" if name != "headline" else rows["paper"]
-    rows["paper"] = paper
+    if name != "headline":
+        rows["paper"] = "DefectSynth"
     rows["source"] = "abstract" if name == "headline" else f"DefectSynth, Table {ROMAN[name]}"
-    rows["value"] = pd.to_numeric(rows["value"])
+    rows["value"] = pd.to_numeric(rows["value"]).astype(float)
     rows["unit"] = [UNITS.get(kind(metric), "") for metric in rows["metric"]]
     rows["higher_is_better"] = [higher_is_better(metric) for metric in rows["metric"]]
     return rows[list(COLUMNS)]
@@ -149,8 +149,8 @@ def table(name: str) -> pd.DataFrame:
     Args:
         name: "table_1" ... "table_10" (DefectSynth) or "headline" (the four abstracts).
 
-    Percentages are in percent and KID is times 1,000, as printed; a printed dash is NaN. ``category`` is "average" for a
-    number over a whole data set.
+    Percentages are in percent and KID is times 1,000, as printed; a printed dash is NaN. ``category`` is "average" for
+    a number over a whole data set.
 
     Raises:
         ValueError: There is no such table.
@@ -163,7 +163,13 @@ def table(name: str) -> pd.DataFrame:
 def _few_shot(raw: pd.DataFrame) -> list[dict]:
     long = raw.melt("category", var_name="metric")
     return [
-        {"dataset": "mvtec_ad", "category": category_name(r.category), "method": "", "metric": r.metric, "value": r.value}
+        {
+            "dataset": "mvtec_ad",
+            "category": category_name(r.category),
+            "method": "",
+            "metric": r.metric,
+            "value": r.value,
+        }
         for r in long.itertuples()
     ]
 

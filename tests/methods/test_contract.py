@@ -29,7 +29,7 @@ SHOTS = [shot(defect, k) for defect in PROMPTS for k in range(3)]
 NORMALS = [surface(k) for k in range(4)]
 
 
-def mask_source(rng, shots):
+def mask_source(rng, shots, normal):
     return shots[rng.integers(len(shots))].mask
 
 

@@ -1,0 +1,245 @@
+"""Random masks: Perlin noise, turned and scaled copies of real masks, and places where a mask may lie.
+
+Every function takes one numpy generator and draws from nothing else. Masks are bool (1, H, W), True is defect.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.ndimage import map_coordinates
+from scipy.signal import fftconvolve
+from torch import Tensor
+
+# Points along each side of a pixel when coverage is measured.
+_SUBPIXELS = 6
+
+
+def perlin(
+    rng: np.random.Generator,
+    size: int,
+    area: tuple[float, float] = (0.01, 0.20),
+    scales: tuple[int, ...] = (2, 4, 8, 16),
+    rotate: float = 90.0,
+) -> Tensor:
+    """A mask of thresholded Perlin noise, in the manner of DRAEM (Zavrtanik et al. 2021, section 3.1).
+
+    DRAEM thresholds at 0.5 and takes whatever area comes out; here the threshold is the noise's own quantile, so that
+    the area ratio is uniform in ``area``.
+
+    Args:
+        rng: Source of scales, gradients, rotation and area.
+        size: Side in px.
+        area: Smallest and largest share of the image to cover.
+        scales: Cells along a side to choose from, for each axis by itself.
+        rotate: The lattice is turned by up to this many degrees either way.
+
+    Returns:
+        bool (1, size, size) with at least one pixel set.
+
+    Raises:
+        ValueError: ``area`` is not 0 < low <= high < 1.
+    """
+    low, high = area
+    if not 0 < low <= high < 1:
+        raise ValueError(f"area must satisfy 0 < low <= high < 1, got ({low}, {high})")
+    cells = rng.choice(scales, 2)
+    turn = np.deg2rad(rng.uniform(-rotate, rotate))
+    gradients = rng.uniform(0, 2 * np.pi, tuple(2 * cells + 3))
+    target = max(1, round(rng.uniform(low, high) * size * size))
+    line = (np.arange(size) + 0.5) / size - 0.5
+    y, x = line[:, None], line[None, :]
+    # A turned unit square reaches at most 0.71 from its middle: the lattice is twice as wide as the image.
+    rows = (y * np.cos(turn) + x * np.sin(turn) + 1) * cells[0]
+    columns = (x * np.cos(turn) - y * np.sin(turn) + 1) * cells[1]
+    noise = _gradient_noise(rows, columns, gradients)
+    mask = np.zeros(size * size, bool)
+    mask[np.argsort(-noise, axis=None, kind="stable")[:target]] = True
+    return torch.from_numpy(mask.reshape(1, size, size))
+
+
+def _gradient_noise(rows: NDArray, columns: NDArray, angles: NDArray) -> NDArray:
+    """Perlin's gradient noise at lattice coordinates, with his quintic fade (Perlin 2002)."""
+    i, j = np.floor(rows).astype(int), np.floor(columns).astype(int)
+    fy, fx = rows - i, columns - j
+
+    def corner(down: int, right: int) -> NDArray:
+        angle = angles[i + down, j + right]
+        return (fy - down) * np.sin(angle) + (fx - right) * np.cos(angle)
+
+    sy, sx = (f * f * f * (f * (6 * f - 15) + 10) for f in (fy, fx))
+    top = corner(0, 0) + sx * (corner(0, 1) - corner(0, 0))
+    bottom = corner(1, 0) + sx * (corner(1, 1) - corner(1, 0))
+    return top + sy * (bottom - top)
+
+
+def affine(
+    mask: Tensor,
+    rng: np.random.Generator,
+    rotate: float = 360.0,
+    scale: tuple[float, float] = (0.85, 1.15),
+    flip: bool = True,
+) -> Tensor:
+    """A mask flipped, turned and scaled about its own centroid, cropped to its box.
+
+    The ranges are those of AdaBLDM's composite generator; height and width stay what they were, times the scale (its
+    released code exchanges the two). A pixel is set where at least half of it is covered, or ``scale / 2`` when it
+    shrinks, so that a line of one pixel survives.
+
+    Args:
+        mask: bool (1, H, W), not empty.
+        rng: Source of flip, angle and scale.
+        rotate: The angle is uniform in [0, rotate) degrees.
+        scale: The scale is uniform in this range, the same for both axes.
+        flip: Mirror each axis with probability one half.
+
+    Returns:
+        bool (1, h, w), cropped to the defect.
+
+    Raises:
+        ValueError: The mask is empty or a range is impossible.
+    """
+    return _warp(None, mask, rng, rotate, scale, flip)[1]
+
+
+def affine_crop(
+    image: Tensor,
+    mask: Tensor,
+    rng: np.random.Generator,
+    rotate: float = 360.0,
+    scale: tuple[float, float] = (0.85, 1.15),
+    flip: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The defect of an image cut out, with the same transform applied to image and mask: what Crop-Paste pastes.
+
+    Args:
+        image: float32 (3, H, W) in [-1, 1].
+        mask: bool (1, H, W), not empty.
+        rng: As in :func:`affine`, which draws the same mask from an equal generator.
+        rotate: As in :func:`affine`.
+        scale: As in :func:`affine`.
+        flip: As in :func:`affine`.
+
+    Returns:
+        Patch float32 (3, h, w) in [-1, 1], its mask bool (1, h, w), and the coverage float32 (1, h, w) in [0, 1] that
+        the mask was thresholded from, for soft edges.
+
+    Raises:
+        ValueError: The mask is empty, differs in size from the image, or a range is impossible.
+    """
+    if image.shape[1:] != mask.shape[1:]:
+        raise ValueError(f"the mask is {tuple(mask.shape[1:])} but its image is {tuple(image.shape[1:])}")
+    return _warp(image, mask, rng, rotate, scale, flip)
+
+
+def _warp(
+    image: Tensor | None,
+    mask: Tensor,
+    rng: np.random.Generator,
+    rotate: float,
+    scale: tuple[float, float],
+    flip: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    values = mask[0].numpy()
+    if not values.any():
+        raise ValueError("an empty mask cannot be transformed; leave the pair out or correct the mask")
+    low, high = scale
+    if not 0 < low <= high or rotate < 0:
+        raise ValueError(f"scale must satisfy 0 < low <= high and rotate >= 0, got {scale} and {rotate}")
+    mirror = rng.choice([1.0, -1.0], 2) if flip else np.ones(2)
+    angle, zoom = np.deg2rad(rng.uniform(0, rotate)), rng.uniform(low, high)
+    turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
+    ys, xs = np.nonzero(values)
+    # About the lattice's origin instead of the centroid: after the crop only a fraction of a pixel tells them apart,
+    # and mirrors and quarter turns map pixels on pixels exactly.
+    forward = zoom * turn @ np.diag(mirror)
+    moved = forward @ np.stack([ys, xs]).astype(float)
+    reach = zoom * np.sqrt(0.5) + 1
+    top = np.floor(moved.min(axis=1) - reach).astype(int)
+    bottom = np.ceil(moved.max(axis=1) + reach).astype(int)
+    backward = np.linalg.inv(forward)
+    height, width = bottom - top + 1
+
+    def source(subpixels: int) -> NDArray:
+        """Where each point of the result lies in the original, (2, height * k, width * k)."""
+        offsets = (np.arange(subpixels) + 0.5) / subpixels - 0.5
+        rows = (np.arange(height)[:, None] + offsets).ravel() + top[0]
+        columns = (np.arange(width)[:, None] + offsets).ravel() + top[1]
+        grid = np.stack(np.meshgrid(rows, columns, indexing="ij"))
+        return np.tensordot(backward, grid, 1)
+
+    k = _SUBPIXELS
+    # A pixel is a square, so order 0 at the sub-pixels measures area. A nudge keeps points off the squares' edges.
+    hits = map_coordinates(values.astype(np.float32), source(k) + 1e-7, order=0, mode="grid-constant")
+    cover = hits.reshape(height, k, width, k).mean(axis=(1, 3))
+    drawn = cover >= 0.5 * min(1.0, zoom) - 1e-6
+    if not drawn.any():
+        drawn = cover >= cover.max()
+    rows, columns = np.flatnonzero(drawn.any(axis=1)), np.flatnonzero(drawn.any(axis=0))
+    box = np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    patch = torch.zeros(0)
+    if image is not None:
+        at = source(1)
+        channels = [map_coordinates(plane.numpy(), at, order=1, mode="nearest")[box] for plane in image]
+        patch = torch.from_numpy(np.stack(channels).astype(np.float32)).clamp(-1, 1)
+    return patch, torch.from_numpy(drawn[box].copy())[None], torch.from_numpy(cover[box].astype(np.float32))[None]
+
+
+def place(patch_mask: Tensor, foreground: Tensor, rng: np.random.Generator) -> tuple[int, int] | None:
+    """A corner (y, x) for a patch such that its whole mask lies inside the foreground, uniform among all such corners.
+
+    One FFT correlation counts, for every corner at once, the mask's pixels that would fall outside.
+
+    Args:
+        patch_mask: bool (1, h, w), not empty.
+        foreground: bool (1, H, W).
+        rng: Source of the choice.
+
+    Returns:
+        The patch's upper left corner, or None if the mask fits nowhere. It is negative only where the patch's own empty
+        rim hangs over the frame.
+
+    Raises:
+        ValueError: The mask is empty.
+    """
+    corners = legal_corners(patch_mask, foreground)
+    return None if len(corners) == 0 else tuple(int(value) for value in corners[rng.integers(len(corners))])
+
+
+def legal_corners(patch_mask: Tensor, foreground: Tensor) -> NDArray[np.int64]:
+    """All corners (k, 2) as (y, x), in reading order, at which the whole patch mask lies inside the foreground."""
+    mask = patch_mask[0].numpy()
+    if not mask.any():
+        raise ValueError("an empty patch mask can be placed anywhere and shows nothing; leave the pair out")
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    tight = mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    outside = ~foreground[0].numpy()
+    if any(part > whole for part, whole in zip(tight.shape, outside.shape)):
+        return np.empty((0, 2), np.int64)
+    missed = fftconvolve(outside.astype(float), tight[::-1, ::-1].astype(float), mode="valid")
+    return np.argwhere(missed < 0.5) - (rows[0], columns[0])
+
+
+def centred(patch_mask: Tensor, foreground: Tensor) -> tuple[int, int]:
+    """The corner at which a patch is centred on the foreground, for one that fits nowhere whole."""
+    middle = torch.nonzero(foreground[0]).float().mean(0)
+    return tuple(int(m) - side // 2 for m, side in zip(middle.tolist(), patch_mask.shape[1:]))
+
+
+def windows(patch: tuple[int, int], corner: tuple[int, int], frame: tuple[int, int]) -> tuple[tuple, tuple]:
+    """Index of the frame and of the patch (both (C, H, W)) where they overlap; what hangs over the frame is cut."""
+    inside, outside = [slice(None)], [slice(None)]
+    for at, side, limit in zip(corner, patch, frame):
+        low, high = max(0, -at), min(side, limit - at)
+        inside.append(slice(low, max(low, high)))
+        outside.append(slice(at + low, at + max(low, high)))
+    return tuple(outside), tuple(inside)
+
+
+def at(patch_mask: Tensor, corner: tuple[int, int], frame: tuple[int, int]) -> Tensor:
+    """A patch mask (1, h, w) laid into an empty frame (1, H, W) at a corner (y, x)."""
+    outside, inside = windows(tuple(patch_mask.shape[1:]), corner, frame)
+    placed = torch.zeros(1, *frame, dtype=torch.bool)
+    placed[outside] = patch_mask[inside]
+    return placed

@@ -1,0 +1,43 @@
+"""Where the masks of requests come from: functions of (generator, shots of one defect, normal) -> bool (1, H, W).
+
+A table over mask strategies changes one argument of :func:`defectlib.sampling.plan`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from defectlib.masks import random, trimap
+from defectlib.types import Shot
+
+ATTEMPTS = 8
+
+
+def affine(rng: np.random.Generator, shots: Sequence[Shot], normal: Tensor) -> Tensor:
+    """A real mask flipped, turned and scaled, placed inside the normal's foreground (AdaBLDM's synthetic masks).
+
+    A mask that fits nowhere whole is drawn again, at most eight times; the last one is then centred on the foreground
+    and cut to it.
+    """
+    allowed = trimap.foreground(normal)
+    for _ in range(ATTEMPTS):
+        patch = random.affine(shots[rng.integers(len(shots))].mask, rng)
+        corner = random.place(patch, allowed, rng)
+        if corner is not None:
+            return random.at(patch, corner, allowed.shape[1:])
+    return random.at(patch, random.centred(patch, allowed), allowed.shape[1:]) & allowed
+
+
+def perlin(rng: np.random.Generator, shots: Sequence[Shot], normal: Tensor) -> Tensor:
+    """Perlin noise inside the normal's foreground, with areas in the range of the real masks (Table VI's baseline)."""
+    areas = [shot.mask.float().mean().item() for shot in shots]
+    drawn = random.perlin(rng, normal.shape[1], (min(areas), max(areas)))
+    inside = drawn & trimap.foreground(normal)
+    return inside if inside.any() else affine(rng, shots, normal)
+
+
+SOURCES: dict[str, Callable[[np.random.Generator, Sequence[Shot], Tensor], Tensor]] = {"affine": affine, "perlin": perlin}

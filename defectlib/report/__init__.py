@@ -1,0 +1,1 @@
+"""Long results -> the papers' tables, figures, and one self-contained page."""

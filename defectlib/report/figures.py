@@ -1,0 +1,283 @@
+"""Charts and image sheets as matplotlib Figures, and how they are saved: one stem, pdf + png + csv, byte-stable.
+
+No function here touches pyplot: nothing opens a window, and nothing is closed behind the caller's back. Every function
+draws in the package's own style (``style.mplstyle``), whatever the caller's settings.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator, NullLocator
+
+from defectlib import paths
+from defectlib.report import layout
+from defectlib.report import sheet as sheets
+from defectlib.report.sheet import Picture
+
+STYLE = Path(__file__).with_name("style.mplstyle")
+REFERENCE = "shots_only"
+PNG_DPI = 200
+
+
+def style() -> None:
+    """Use the package's style for the caller's own plots too."""
+    matplotlib.rcParams.update(matplotlib.rc_params_from_file(STYLE, use_default_template=False))
+
+
+def _styled(draw: Callable) -> Callable:
+    @functools.wraps(draw)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        with matplotlib.rc_context(fname=STYLE):
+            return draw(*args, **kwargs)
+
+    return wrapper
+
+
+def _settled(figure: Figure) -> Figure:
+    """Lay out once and keep it: a second pass of the layout engine moves things by fractions of a pixel."""
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    return figure
+
+
+sheet = _styled(sheets.sheet)
+overlay = _styled(sheets.overlay)
+
+
+@_styled
+def save(
+    figure: Figure, folder: Path | str, stem: str, data: pd.DataFrame | None = None, caption: str | None = None
+) -> list[Path]:
+    """Write ``<stem>.pdf``, ``<stem>.png`` (200 dpi) and, with ``data``, ``<stem>.csv``; the same bytes each time.
+
+    Args:
+        figure: What to save.
+        folder: Where; created if missing.
+        stem: File name without suffix.
+        data: The plotted numbers.
+        caption: Stored in the PNG, from where the page takes it.
+    """
+    text = {"Software": None} | ({"Description": caption} if caption else {})
+    formats = {
+        "pdf": {"metadata": {"CreationDate": None, "ModDate": None}, "dpi": PNG_DPI},
+        "png": {"metadata": text, "dpi": PNG_DPI, "pil_kwargs": {"optimize": True}},
+    }
+    written = []
+    for suffix, options in formats.items():
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format=suffix, **options)
+        target = Path(folder) / f"{stem}.{suffix}"
+        paths.write_bytes(target, buffer.getvalue())
+        written.append(target)
+    return written if data is None else [*written, save_data(data, folder, stem)]
+
+
+def save_data(frame: pd.DataFrame, folder: Path | str, stem: str) -> Path:
+    """Write ``<stem>.csv``: the rows without the index, ten significant digits."""
+    target = Path(folder) / f"{stem}.csv"
+    paths.write_text(target, frame.to_csv(index=False, float_format="%.10g", lineterminator="\n"))
+    return target
+
+
+def _colours(names: Sequence[str]) -> dict[str, str]:
+    """One colour a name in the order given; the reference method is grey."""
+    cycle = [entry["color"] for entry in matplotlib.rcParams["axes.prop_cycle"]]
+    others = [name for name in names if name != REFERENCE]
+    return {name: cycle[i % len(cycle)] for i, name in enumerate(others)} | {REFERENCE: "#777777"}
+
+
+def _ordered(values: pd.Series) -> list:
+    return list(dict.fromkeys(values))
+
+
+@_styled
+def compare(frame: pd.DataFrame) -> Figure:
+    """Methods side by side, a row a metric: mean and sd over seeds, the single seeds as dots, "shots_only" in grey.
+
+    Args:
+        frame: Either single results (columns method, metric, value, one row a seed) or a built table (columns method,
+            metric, reproduced, sd), of one category.
+
+    Raises:
+        ValueError: No number to show.
+    """
+    table = "reproduced" in frame
+    value = "reproduced" if table else "value"
+    frame = frame[frame[value].notna()]
+    if frame.empty:
+        raise ValueError("there is no number to compare: run the stage first")
+    metrics, methods = _ordered(frame["metric"]), _ordered(frame["method"])
+    methods = sorted(methods, key=lambda name: (name != REFERENCE, methods.index(name)))
+    colours = _colours(methods)
+    figure = Picture(figsize=(6.4, 0.55 + len(metrics) * (0.2 + 0.16 * len(methods)) + 0.5), layout="constrained")
+    axes = figure.add_subplot()
+    step = 0.7 / max(1, len(methods))
+    for i, method in enumerate(methods):
+        shift = (i - (len(methods) - 1) / 2) * step
+        for k, metric in enumerate(metrics):
+            some = frame[(frame["method"] == method) & (frame["metric"] == metric)]
+            if some.empty:
+                continue
+            mean = some[value].mean()
+            sd = some["sd"].iloc[0] if table else (some[value].std() if len(some) > 1 else np.nan)
+            if not table:
+                axes.plot(some[value], [k + shift] * len(some), ".", color=colours[method], alpha=0.45, markersize=5)
+            axes.errorbar(
+                mean, k + shift, xerr=None if pd.isna(sd) else sd, fmt="o", color=colours[method], capsize=2.5,
+                markersize=5, elinewidth=1.2, label=layout.method_title(method) if k == 0 else None,
+            )  # fmt: skip
+    axes.set_yticks(range(len(metrics)), [layout.metric_title(m).replace(", %", "") for m in metrics])
+    axes.set_ylim(len(metrics) - 0.5, -0.5)
+    axes.grid(axis="y", visible=False)
+    for k in range(len(metrics) - 1):
+        axes.axhline(k + 0.5, color="#eeeeee", linewidth=0.8, zorder=0)
+    axes.set_xlabel("mean ± sd over seeds" + ("" if table else "; dots are single seeds"))
+    handles, labels = _legend_entries(methods, colours)
+    figure.legend(handles, labels, loc="outside upper left", ncols=min(4, len(methods)))
+    return _settled(figure)
+
+
+def _legend_entries(methods: list[str], colours: dict[str, str]) -> tuple[list, list[str]]:
+    marks = [Line2D([], [], color=colours[m], marker="o", linestyle="none") for m in methods]
+    return marks, [layout.method_title(m) for m in methods]
+
+
+@_styled
+def confusion(matrices: Mapping[str, np.ndarray] | np.ndarray, labels: Sequence[str]) -> Figure:
+    """Confusion matrices: rows are the true defects, columns what the classifier said; shade is the share of the row.
+
+    Args:
+        matrices: Counts (C, C), or several by method.
+        labels: The C defects in order.
+
+    Raises:
+        ValueError: A matrix that does not fit the labels.
+    """
+    named = matrices if isinstance(matrices, Mapping) else {"": matrices}
+    n = len(labels)
+    for name, matrix in named.items():
+        if np.shape(matrix) != (n, n):
+            raise ValueError(f"confusion matrix {name} is {np.shape(matrix)} but there are {n} labels")
+    side = max(1.7, 0.52 * n + 0.4)
+    longest = max(len(label) for label in labels) * 0.07
+    figure = Picture(figsize=(side * len(named) + longest + 0.3, side + longest + 0.55), layout="constrained")
+    grid = figure.subplots(1, len(named), squeeze=False, sharey=True)[0]
+    for axes, (name, matrix) in zip(grid, named.items()):
+        counts = np.asarray(matrix, dtype=float)
+        share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+        axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
+        for y, x in np.ndindex(n, n):
+            ink = "white" if share[y, x] > 0.55 else "#222222"
+            axes.text(x, y, f"{counts[y, x]:.0f}", ha="center", va="center", color=ink)
+        axes.set_xticks(range(n), labels, rotation=90 if n > 3 or longest > 0.8 else 0)
+        axes.set_yticks(range(n), labels)
+        axes.set_title(layout.method_title(name))
+        axes.grid(visible=False)
+        axes.spines[:].set_visible(False)
+        axes.tick_params(length=0)
+    grid[0].set_ylabel("true defect")
+    figure.supxlabel("classified as", fontsize=9)
+    return _settled(figure)
+
+
+@_styled
+def curves(frame: pd.DataFrame, x: str, y: str, hue: str | None = None, log: bool = False) -> Figure:
+    """Lines of ``y`` over ``x``, one a value of ``hue``.
+
+    Args:
+        frame: Long, one row a point.
+        x: Column of the horizontal axis.
+        y: Column of the vertical axis.
+        hue: Column whose values are the lines; None for one line.
+        log: Logarithmic vertical axis.
+    """
+    figure = Picture(figsize=(6.4, 3.2), layout="constrained")
+    axes = figure.add_subplot()
+    for name in _ordered(frame[hue]) if hue else [None]:
+        some = frame if name is None else frame[frame[hue] == name]
+        axes.plot(some[x], some[y], label=name, marker="o" if len(some) < 13 else None)
+    axes.set(xlabel=x, ylabel=y, yscale="log" if log else "linear")
+    if hue:
+        figure.legend(loc="outside right upper", title=hue)
+    return _settled(figure)
+
+
+@_styled
+def strip(
+    frame: pd.DataFrame, x: str, y: str, line: float | None = None, xlabel: str | None = None, log: bool = False
+) -> Figure:
+    """Every value as a dot, a row a group, with the group's mean as a bar; dots are spread evenly, not at random.
+
+    Args:
+        frame: Long, one row a value.
+        x: Column of the values.
+        y: Column of the groups.
+        line: Draw a vertical line here.
+        xlabel: Label of the axis; default ``x``.
+        log: Logarithmic axis.
+    """
+    groups = _ordered(frame[y])
+    figure = Picture(figsize=(6.4, 0.7 + 0.42 * len(groups)), layout="constrained")
+    axes = figure.add_subplot()
+    for i, group in enumerate(groups):
+        values = np.sort(frame.loc[frame[y] == group, x].to_numpy(dtype=float))
+        offset = (np.arange(len(values)) % 3 - 1) * 0.13 if len(values) > 1 else np.zeros(len(values))
+        (dots,) = axes.plot(values, i + offset, "o", markersize=4.5, alpha=0.7, markeredgewidth=0)
+        axes.plot([values.mean()] * 2, [i - 0.3, i + 0.3], color=dots.get_color(), linewidth=2)
+    if line is not None:
+        axes.axvline(line, color="#222222", linestyle="--", linewidth=1)
+        axes.annotate(
+            f"{line:g}",
+            (line, 1),
+            xycoords=("data", "axes fraction"),
+            xytext=(3, -9),
+            textcoords="offset points",
+            fontsize=8,
+        )
+    axes.set(xlabel=xlabel or x, xscale="log" if log else "linear", ylim=(len(groups) - 0.5, -0.5))
+    if log:
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_yticks(range(len(groups)), groups)
+    axes.grid(axis="y", visible=False)
+    return _settled(figure)
+
+
+@_styled
+def spread(frame: pd.DataFrame, x: str, y: str, hue: str) -> Figure:
+    """How much a measure moves with the number of samples: every repeat as a dot, mean and sd as a line with bars.
+
+    Args:
+        frame: Long, one row a repeat.
+        x: Column of the set size.
+        y: Column of the measure.
+        hue: Column of what was compared.
+    """
+    figure = Picture(figsize=(6.4, 3.4), layout="constrained")
+    axes = figure.add_subplot()
+    sizes, names = sorted(frame[x].unique()), _ordered(frame[hue])
+    for i, name in enumerate(names):
+        some = frame[frame[hue] == name]
+        place = some[x].map(sizes.index) + (i - (len(names) - 1) / 2) * 0.18
+        (dots,) = axes.plot(place, some[y], ".", alpha=0.35, markersize=5)
+        grouped = some.groupby(x)[y]
+        at = [sizes.index(n) + (i - (len(names) - 1) / 2) * 0.18 for n in grouped.mean().index]
+        axes.errorbar(
+            at, grouped.mean(), yerr=grouped.std().fillna(0), fmt="-o", color=dots.get_color(), capsize=3, label=name
+        )
+    axes.axhline(0, color="#999999", linewidth=0.8, zorder=0)
+    axes.set_xticks(range(len(sizes)), sizes)
+    axes.set(xlabel=x, ylabel=y)
+    figure.legend(loc="outside upper left", ncols=len(names))
+    return _settled(figure)

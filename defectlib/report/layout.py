@@ -1,0 +1,243 @@
+"""How a table is laid out for a reader: what was reproduced first, then the papers' tables as they print them.
+
+One layout (:func:`blocks`) serves Markdown, LaTeX and the page.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from math import floor, log10
+
+import pandas as pd
+
+from defectlib import published
+from defectlib.report.specs import REASONS, codes
+
+METHOD_TITLES = {name: title for title, name in published.METHODS.items()}
+DATASET_TITLES = {name: title for title, name in published.DATASETS.items()}
+METRIC_TITLES = {
+    "kid": "KID ×10³", "is": "IS", "lpips": "LPIPS", "ic-lpips": "IC-LPIPS", "accuracy": "Accuracy, %",
+    "f1_macro": "F1, %", "image_auroc": "Image AUROC, %", "image_ap": "Image AP, %", "image_f1": "Image F1, %",
+    "image_f1_50": "Image F1 at 0.5, %", "image_f1_max": "Image F1 max, %", "pixel_auroc": "Pixel AUROC, %",
+    "pixel_ap": "Pixel AP, %", "pixel_f1": "Pixel F1, %", "pixel_f1_50": "Pixel F1 at 0.5, %",
+    "pixel_f1_max": "Pixel F1 max, %", "mask_iou": "Mask IoU", "fit_s": "Fit, s", "train_stage1_h": "Stage 1, h",
+    "train_stage2_h": "Stage 2, h", "train_total_h": "Training, h", "pairs_per_second": "Pairs a second",
+    "seconds_per_image": "Seconds an image", "masks_stage1_min": "Masks, fewest", "masks_stage1_max": "Masks, most",
+    "images_stage2_min": "Images, fewest", "images_stage2_max": "Images, most", "ap_gain": "AP gain, points",
+    "iap_gain": "IAP gain, points", "iap90_gain": "IAP90 gain, points",
+}  # fmt: skip
+EXTRACTORS = {"tiny": "tiny", "inception": "Inception", "alex": "AlexNet", "vgg": "VGG"}
+ARROWS = {True: " ↑", False: " ↓", None: ""}
+DIGITS = {"kid": 1, "is": 2, "lpips": 3, "ic-lpips": 3, "mask_iou": 2}
+LATEX = {
+    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
+    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "×": r"$\times$", "³": r"$^3$",
+    "↑": r"$\uparrow$", "↓": r"$\downarrow$", "Δ": r"$\Delta$",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Block:
+    """A piece of a table as text: every cell a string, the first ``labels`` columns are row headings."""
+
+    title: str
+    cells: pd.DataFrame
+    labels: int
+    reproduced: bool
+
+
+def method_title(name: str) -> str:
+    """A method as the papers write it."""
+    return METHOD_TITLES.get(name, name)
+
+
+def dataset_title(name: str) -> str:
+    """A data set as the papers write it."""
+    return DATASET_TITLES.get(name, name)
+
+
+def metric_title(metric: str) -> str:
+    """A metric with its extractor, unit and direction: "tiny-kid" -> "KID ×10³ (tiny) ↓"."""
+    kind = published.kind(metric)
+    title = METRIC_TITLES.get(kind, metric)
+    extractor = metric.removesuffix(kind).rstrip("-")
+    if extractor:
+        title += f" ({EXTRACTORS.get(extractor, extractor)})"
+    return title + ARROWS[published.higher_is_better(metric)]
+
+
+def number(
+    value: float | None, metric: str, printed: bool = False, sign: bool = False, beside: float | None = None
+) -> str:
+    """A value with sensible digits; "" where there is none.
+
+    Args:
+        value: As in the table: percent, KID times 1,000.
+        metric: Its metric, which sets the digits.
+        printed: A published value keeps the papers' two decimals.
+        sign: Show a plus sign, for differences.
+        beside: The value that sets the decimals of a time or a rate: a spread has those of its mean.
+    """
+    if pd.isna(value):
+        return ""
+    unit = published.UNITS.get(published.kind(metric), "")
+    plus = "+" if sign else ""
+    if unit in ("masks", "images"):
+        return f"{value:{plus}.0f}"
+    if unit in ("h", "s", "1/s"):
+        if printed:
+            return f"{value:.2f}" if value >= 0.1 else f"{value:g}"
+        return f"{value:{plus}.{_decimals(value if beside is None else beside)}f}"
+    if unit == "percentage points":
+        return f"{value:+.1f}"
+    digits = 2 if printed else DIGITS.get(published.kind(metric), 1)
+    return f"{value:{plus}.{digits}f}"
+
+
+def _decimals(value: float) -> int:
+    """Decimals that show three digits of a value, four at most."""
+    return 4 if value == 0 else min(4, max(0, 2 - floor(log10(abs(value)))))
+
+
+def reproduced_text(row) -> str:
+    """``57.1 ± 0.8 (3)``: mean, sd over seeds, number of seeds; without an sd for one seed."""
+    if pd.isna(row.reproduced):
+        return ""
+    mean = number(row.reproduced, row.metric)
+    if published.UNITS.get(published.kind(row.metric)) in ("masks", "images"):
+        return mean
+    spread = "" if pd.isna(row.sd) else f" ± {number(row.sd, row.metric, beside=row.reproduced)}"
+    return f"{mean}{spread} ({row.n})"
+
+
+def was_run(table: pd.DataFrame) -> pd.Series:
+    """The rows that something was run for, withheld ones included."""
+    return ~table["why"].map(lambda why: bool({"not_run", "not_run_for_all"} & set(codes(why))))
+
+
+def blocks(table: pd.DataFrame) -> list[Block]:
+    """The pieces of a built table in reading order: what was run, then the published table."""
+    run = table[was_run(table)]
+    found = [_run_block(run)] if len(run) else []
+    return found + _published_blocks(table)
+
+
+def legend(table: pd.DataFrame) -> dict[str, str]:
+    """Code -> words, for the codes on the rows that were run."""
+    used = {code for why in table.loc[was_run(table), "why"] for code in codes(why)}
+    return {code: words for code, words in REASONS.items() if code in used}
+
+
+def _run_block(run: pd.DataFrame) -> Block:
+    cells = pd.DataFrame({
+        "Data set": run["dataset"].map(dataset_title),
+        "Category": run["category"],
+        "Method": run["method"].map(method_title),
+        "Metric": run["metric"].map(metric_title),
+        "Published": [number(r.published, r.metric, printed=True) for r in run.itertuples()],
+        "Reproduced ± sd (n)": [reproduced_text(r) for r in run.itertuples()],
+        "Δ": [number(r.delta, r.metric, sign=True, beside=r.reproduced) for r in run.itertuples()],
+        "Why not comparable": [", ".join(codes(why)) for why in run["why"]],
+    })  # fmt: skip
+    title = "Reproduced"
+    if cells["Data set"].nunique() == 1:
+        title += f" on {cells['Data set'].iloc[0]}"
+        cells = cells.drop(columns="Data set")
+    if (run["method"] == "").all():
+        cells = cells.drop(columns="Method")
+    return Block(title, cells, list(cells.columns).index("Published"), True)
+
+
+def _published_blocks(table: pd.DataFrame) -> list[Block]:
+    name = table.attrs["name"]
+    printed = published.table(name)
+    if name == "headline":
+        cells = pd.DataFrame({
+            "Paper": printed["paper"], "Data set": printed["dataset"].map(dataset_title),
+            "Method": printed["method"].map(method_title), "Metric": printed["metric"].map(metric_title),
+            "Published": [number(r.value, r.metric, printed=True) for r in printed.itertuples()],
+        })  # fmt: skip
+        return [Block("Published", cells, 4, False)]
+    printed = printed.assign(text=[number(r.value, r.metric, printed=True) for r in printed.itertuples()])
+    by_category = printed["category"].nunique() > 1
+    if by_category and name != "table_1":
+        return [
+            _pivot(f"Published: {metric_title(metric)}", rows, "category", "method")
+            for metric, rows in printed.groupby("metric", sort=False)
+        ]
+    row, column = ("category", "metric") if by_category else ("method", "metric")
+    if not by_category and printed["metric"].nunique() > printed["method"].nunique():
+        row, column = column, row
+    return [
+        _pivot(f"Published: {dataset_title(dataset)}", rows, row, column)
+        for dataset, rows in printed.groupby("dataset", sort=False)
+    ]
+
+
+def _pivot(title: str, rows: pd.DataFrame, index: str, columns: str) -> Block:
+    titles = {"method": method_title, "metric": metric_title, "category": str}
+    wide = rows.pivot(index=index, columns=columns, values="text")
+    wide = wide.loc[list(dict.fromkeys(rows[index])), list(dict.fromkeys(rows[columns]))]
+    wide.columns = [titles[columns](name) for name in wide.columns]
+    wide.insert(0, index.capitalize(), [titles[index](name) for name in wide.index])
+    return Block(title, wide.reset_index(drop=True), 1, False)
+
+
+def markdown(table: pd.DataFrame) -> str:
+    """The whole table as GitHub Markdown."""
+
+    def line(cells: list[str]) -> str:
+        return "| " + " | ".join(_markdown_text(cell) for cell in cells) + " |"
+
+    parts = [f"**{_markdown_text(table.attrs['caption'])}**", _markdown_text(table.attrs["note"])]
+    for block in blocks(table):
+        names = list(block.cells.columns)
+        numeric = [i >= block.labels and name != "Why not comparable" for i, name in enumerate(names)]
+        rule = "| " + " | ".join("---:" if right else "---" for right in numeric) + " |"
+        rows = [line(list(row)) for row in block.cells.itertuples(index=False, name=None)]
+        parts += [f"**{_markdown_text(block.title)}**", "\n".join([line(names), rule, *rows])]
+        if block.reproduced and legend(table):
+            parts.append("\n".join(f"* `{code}`: {words}" for code, words in legend(table).items()))
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _markdown_text(text: str) -> str:
+    for mark, safe in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ("|", "\\|"), ("\n", " ")):
+        text = text.replace(mark, safe)
+    return text
+
+
+def latex(table: pd.DataFrame) -> str:
+    """The whole table as booktabs floats, one a block; needs the package booktabs only."""
+    floats = [f"% {table.attrs['name']}: needs \\usepackage{{booktabs}}; UTF-8"]
+    pieces = [piece for block in blocks(table) for piece in _pages(block)]
+    for i, block in enumerate(pieces):
+        cells = block.cells.map(latex_text)
+        cells.columns = [latex_text(name) for name in block.cells.columns]
+        last = block.cells.columns[-1] == "Why not comparable"
+        columns = "l" * block.labels + "r" * (cells.shape[1] - block.labels - last) + (r"p{48mm}" if last else "")
+        body = cells.style.hide(axis="index").to_latex(hrules=True, column_format=columns)
+        words = "; ".join(f"{code}: {text}" for code, text in legend(table).items()) if block.reproduced else ""
+        head = table.attrs["caption"] if block.reproduced or i == 0 else table.attrs["title"]
+        caption = [head, block.title + ".", table.attrs["note"] if i == 0 else ""]
+        floats.append("\n".join([
+            r"\begin{table}[p]", r"\centering\scriptsize\setlength{\tabcolsep}{3pt}",
+            rf"\caption{{{latex_text(' '.join(part for part in caption if part))}}}",
+            rf"\label{{tab:{table.attrs['name'].replace('_', '-')}-{i + 1}}}", body.strip(),
+            *([rf"\par\smallskip {latex_text(words)}"] if words else []), r"\end{table}",
+        ]))  # fmt: skip
+    return "\n\n".join(floats) + "\n"
+
+
+def _pages(block: Block, rows: int = 36) -> list[Block]:
+    """A long block in pieces that fit a page each."""
+    parts = [block.cells.iloc[start : start + rows] for start in range(0, len(block.cells), rows)]
+    if len(parts) < 2:
+        return [block]
+    titles = [f"{block.title}, part {i + 1} of {len(parts)}" for i in range(len(parts))]
+    return [replace(block, title=title, cells=cells) for title, cells in zip(titles, parts)]
+
+
+def latex_text(text: str) -> str:
+    """Plain text with LaTeX's special characters escaped and the signs used here as mathematics."""
+    return "".join(LATEX.get(letter, letter) for letter in text)

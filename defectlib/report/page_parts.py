@@ -1,0 +1,120 @@
+"""The fixed parts of the page: its style sheet, what each picture shows, and how to read a table."""
+
+from __future__ import annotations
+
+# Stem of a picture -> what it shows; the stem may go on with the category. The order is the order on the page.
+CAPTIONS = {
+    "fig_3_generated": "Real, mask, generated, as in DefectSynth Figs. 3 and 4: every defect's real images with "
+    "outlined masks, the drawn masks, and what each method drew for them.",
+    "fig_1_starting_point": "The starting point, as in DefectSynth Fig. 1: normal images, and all that a method may "
+    "see of each defect; red outlines are the masks.",
+    "mask_area": "How large the defects are: a dot is one real mask, the bar its defect's mean; DefectSynth "
+    "interpolates masks in image space left of the dashed line and in latent space right of it.",
+    "fig_2_mask_sources": "Where masks can come from: real ones, thresholded Perlin noise, and moved real ones.",
+    "adabldm_fig_2_trimap": "AdaBLDM's trimap: defect white, the rest of the object grey, background black.",
+    "crop_paste_steps": "Crop-Paste, step by step.",
+    "crop_paste_on_off": "Crop-Paste with its options on and off, for the same requests.",
+    "ablation_crop_paste": "Crop-Paste with one option changed at a time, for the same requests.",
+    "downstream": "Downstream models trained on the shots alone and on samples, tested on held-out real images.",
+    "confusion": "Which defects the classifier confuses, summed over seeds.",
+    "worst_misses": "The held-out defects that the localiser found least: image, truth, prediction.",
+    "kid_spread": "How much KID moves with the number of images: every dot is one random subset.",
+    "schedule": "The noise schedule: how much signal and noise an image holds at each timestep.",
+    "dualanodiff_fig_3_noising": "One shot, noised to several timesteps.",
+    "closed_form_denoiser": "The best denoiser of a finite set, in closed form.",
+    "denoising_loop": "The denoising loop: the predicted image along the way.",
+    "memorisation": "What a perfect denoiser of a small set draws: each sample beside its nearest shot.",
+}  # fmt: skip
+
+READING = (
+    "How to read the tables: a cell that was not run is empty. <b>Reproduced</b> is a mean over seeds with its "
+    "standard deviation and the number of seeds. Scores are in percent and KID is times 1,000, as the papers print "
+    "them. A number's name holds its feature extractor: numbers of different extractors never share a row or a "
+    "difference. ↑ higher is better, ↓ lower is better."
+)
+
+STYLE = """
+:root {
+  --ink: #1d2126; --soft: #5b6570; --line: #dfe3e7; --paper: #ffffff; --tint: #f5f7f9; --accent: #0b61a4;
+  --mark: #fff4d6; --mark-ink: #7a4d00; --good: #e5f3ec; --good-ink: #17613f;
+}
+@media (prefers-color-scheme: dark) {
+  :root {
+    --ink: #e4e7ea; --soft: #9aa5b1; --line: #343b43; --paper: #15181c; --tint: #1d2227; --accent: #6bb3ee;
+    --mark: #3d3113; --mark-ink: #f1cd7c; --good: #17352a; --good-ink: #8fd6b4;
+  }
+}
+* { box-sizing: border-box; }
+html { scroll-behavior: smooth; -webkit-text-size-adjust: 100%; }
+body {
+  margin: 0; color: var(--ink); background: var(--paper);
+  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif;
+}
+main, header, footer { max-width: 68rem; margin: 0 auto; padding: 0 1.25rem; }
+header { padding-top: 2.5rem; }
+h1 { font-size: 1.9rem; line-height: 1.2; letter-spacing: -0.015em; margin: 0 0 .6rem; text-wrap: balance; }
+h2 {
+  font-size: 1.35rem; line-height: 1.3; margin: 3rem 0 .4rem; padding-top: .6rem;
+  border-top: 1px solid var(--line);
+}
+h3 { font-size: 1.05rem; margin: 2.2rem 0 .3rem; scroll-margin-top: 1rem; }
+h4 { font-size: .85rem; margin: 1.1rem 0 .35rem; color: var(--soft); font-weight: 600; }
+p { max-width: 46rem; margin: .4rem 0 .8rem; }
+a { color: var(--accent); }
+.lead { font-size: 1.08rem; }
+.note, .state, figcaption, .legend { color: var(--soft); font-size: .88rem; }
+.state { display: flex; flex-wrap: wrap; gap: .4rem; margin: 1rem 0; padding: 0; list-style: none; }
+.state li { background: var(--tint); border: 1px solid var(--line); border-radius: .4rem; padding: .1rem .6rem; }
+.state b { color: var(--ink); font-weight: 600; }
+.state .dirty { background: var(--mark); color: var(--mark-ink); border-color: transparent; }
+nav { background: var(--tint); border-radius: .6rem; padding: .9rem 1.2rem; margin: 1.4rem 0; }
+nav ol { columns: 2; column-gap: 2.5rem; margin: .2rem 0; padding: 0; list-style: none; font-size: .92rem; }
+nav li { break-inside: avoid; padding: .12rem 0; display: flex; gap: .5rem; justify-content: space-between; }
+nav a { text-decoration: none; }
+nav a:hover { text-decoration: underline; }
+nav strong { font-size: .8rem; color: var(--soft); font-weight: 600; }
+nav .count { color: var(--soft); white-space: nowrap; font-variant-numeric: tabular-nums; }
+.scroll { overflow-x: auto; margin: .4rem 0 .8rem; border: 1px solid var(--line); border-radius: .5rem; }
+table { border-collapse: collapse; width: 100%; font-size: .86rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .3rem .7rem; text-align: left; white-space: nowrap; vertical-align: top; }
+thead th { background: var(--tint); font-weight: 600; border-bottom: 1px solid var(--line); vertical-align: bottom; }
+tbody tr + tr td { border-top: 1px solid var(--line); }
+tbody tr.first td { border-top: 1px solid var(--soft); }
+tbody tr:first-child td { border-top: 0; }
+tbody tr:hover td { background: var(--tint); }
+.n { text-align: right; }
+.again { color: transparent; }
+tr:hover .again { color: var(--soft); }
+.ours { font-weight: 600; }
+td.why { white-space: normal; min-width: 16rem; }
+.code {
+  display: inline-block; font-size: .74rem; line-height: 1.5; padding: 0 .4rem; margin: 0 .2rem .15rem 0;
+  border-radius: .3rem; background: var(--tint); color: var(--soft); white-space: nowrap;
+}
+.code.dirty, .code.withheld, .code.partly_withheld { background: var(--mark); color: var(--mark-ink); }
+.tag {
+  font-size: .74rem; font-weight: 600; border-radius: .3rem; padding: .1rem .45rem; margin-left: .5rem;
+  vertical-align: .1em;
+}
+.tag.ran { background: var(--good); color: var(--good-ink); }
+.tag.published { background: var(--tint); color: var(--soft); }
+.legend { margin: .2rem 0 .8rem; padding: 0; list-style: none; columns: 2; column-gap: 2rem; }
+.legend li { break-inside: avoid; padding: .1rem 0; }
+details { margin: .5rem 0 1rem; }
+summary { cursor: pointer; color: var(--accent); font-size: .92rem; padding: .25rem 0; }
+figure { margin: 1.2rem 0 2.2rem; }
+figure .frame {
+  background: #fff; border: 1px solid var(--line); border-radius: .5rem; padding: .7rem; overflow-x: auto;
+}
+figure img { display: block; max-width: 100%; height: auto; margin: 0 auto; }
+figcaption { margin-top: .5rem; max-width: 46rem; }
+footer { color: var(--soft); font-size: .85rem; padding-top: 2rem; padding-bottom: 3rem; }
+code { font: .85em ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
+@media (max-width: 42rem) {
+  body { font-size: 15px; }
+  h1 { font-size: 1.5rem; }
+  nav ol, .legend { columns: 1; }
+  figure img.wide { max-width: none; width: 46rem; }
+}
+@media print { nav, figure { break-inside: avoid; } a { color: inherit; } }
+"""

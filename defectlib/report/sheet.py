@@ -1,0 +1,224 @@
+"""Image sheets: rows of images, masks and maps with crisp pixels, outlines and labels that do not overlap.
+
+The layout is in pixels of a 100 dpi screen: an image pixel covers a whole number of them, so nothing is resampled
+unevenly.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from math import ceil
+
+import numpy as np
+import torch
+from matplotlib.collections import LineCollection
+from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
+from matplotlib.textpath import TextPath
+from torch import Tensor
+
+from defectlib import images
+
+DPI = 100
+WIDEST = 1100
+LARGEST_CELL = 192
+OUTLINE = "#E8432E"
+GAP = 4
+FONT = 8.5
+
+Cell = Tensor | np.ndarray | None
+
+
+class Picture(Figure):
+    """A Figure that notebooks display without pyplot."""
+
+    def _repr_png_(self) -> bytes:
+        buffer = io.BytesIO()
+        self.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
+        return buffer.getvalue()
+
+
+def pixels(cell: Tensor | np.ndarray) -> np.ndarray:
+    """Any cell as uint8 (H, W, 3).
+
+    Args:
+        cell: An image, float32 (3, H, W) in [-1, 1]; a mask, bool (1, H, W) or (H, W), True is white; or a map, float
+            (1, H, W) or (H, W) in [0, 1].
+
+    Raises:
+        ValueError: Another shape, or values outside the range.
+    """
+    tensor = torch.as_tensor(cell)
+    if tensor.ndim == 2:
+        tensor = tensor[None]
+    if tensor.ndim != 3 or tensor.shape[0] not in (1, 3) or (tensor.shape[0] == 3 and not tensor.is_floating_point()):
+        raise ValueError(
+            f"a sheet takes images (3, H, W), masks and maps (1, H, W), got {tensor.dtype} {tuple(tensor.shape)}"
+        )
+    if tensor.dtype == torch.bool:
+        tensor = tensor.float()
+    low = -1.0 if tensor.shape[0] == 3 else 0.0
+    if not (tensor.min() >= low - 1e-3 and tensor.max() <= 1 + 1e-3):
+        found = f"[{tensor.min().item():.3g}, {tensor.max().item():.3g}]"
+        raise ValueError(f"a sheet takes {'images in [-1, 1]' if low else 'masks and maps in [0, 1]'}, got {found}")
+    image = tensor.float() if low else tensor.float().expand(3, -1, -1) * 2 - 1
+    return images.to_uint8(image)
+
+
+def outline(mask: Tensor) -> np.ndarray:
+    """The border of a mask along pixel edges: segments (N, 2, 2) of (x, y) in pixels, the origin at the top left.
+
+    Args:
+        mask: bool (1, H, W) or (H, W).
+    """
+    inside = np.pad(torch.as_tensor(mask).numpy().astype(bool).reshape(mask.shape[-2:]), 1)
+    y, x = np.nonzero(inside[1:, :] != inside[:-1, :])
+    flat = np.stack([np.stack([x - 1, y], -1), np.stack([x, y], -1)], 1)
+    y, x = np.nonzero(inside[:, 1:] != inside[:, :-1])
+    upright = np.stack([np.stack([x, y - 1], -1), np.stack([x, y], -1)], 1)
+    return np.concatenate([flat, upright]).astype(float)
+
+
+def sheet(
+    rows: Sequence[Sequence[Cell]],
+    row_labels: Sequence[str] | None = None,
+    column_labels: Sequence[str] | None = None,
+    outline_masks: Sequence[Sequence[Tensor | None]] | None = None,
+    scale: float | None = None,
+) -> Figure:
+    """A sheet of images, masks and maps.
+
+    Args:
+        rows: Rows of cells as :func:`pixels` takes them; None leaves a place empty, rows may differ in length.
+        row_labels: One a row; may hold line breaks.
+        column_labels: One a column.
+        outline_masks: Masks to draw as outlines, in the places of ``rows``.
+        scale: Screen pixels an image pixel; default: the largest whole number (or whole fraction) that fits the page.
+
+    Raises:
+        ValueError: Nothing to show, labels or outlines that do not fit the rows, or cells out of range.
+    """
+    shapes = [np.shape(cell)[-2:] for row in rows for cell in row if cell is not None]
+    if not shapes:
+        raise ValueError("a sheet needs at least one image")
+    columns = max(len(row) for row in rows)
+    _check_labels(rows, columns, row_labels, column_labels, outline_masks)
+    height, width = (max(s[i] for s in shapes) for i in (0, 1))
+    scale = scale or _fitting(height, width, columns)
+    cell_w, cell_h = width * scale, height * scale
+    left = max((_text_width(line) for label in row_labels or [] for line in str(label).split("\n")), default=0)
+    heads, top, overhang = _headings(column_labels, cell_w)
+    # Whole screen pixels, so that every cell starts on one.
+    left, top = ceil(left + 13 if row_labels else 2), ceil(top)
+    full_w = ceil(left + columns * (cell_w + GAP) - GAP + max(2, overhang))
+    full_h = ceil(top + len(rows) * (cell_h + GAP) - GAP + 2)
+
+    figure = Picture(figsize=(full_w / DPI, full_h / DPI), dpi=DPI)
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set(xlim=(0, full_w), ylim=(full_h, 0))
+    axes.axis("off")
+    for r, row in enumerate(rows):
+        y = top + r * (cell_h + GAP)
+        for c, cell in enumerate(row):
+            if cell is None:
+                continue
+            x = left + c * (cell_w + GAP)
+            h, w = np.shape(cell)[-2] * scale, np.shape(cell)[-1] * scale
+            axes.imshow(_shown(cell, scale), extent=(x, x + w, y + h, y), interpolation="nearest", aspect="auto")
+            mask = outline_masks[r][c] if outline_masks else None
+            if mask is not None:
+                edges = outline(mask) * scale + [x, y]
+                axes.add_collection(LineCollection(edges, colors=OUTLINE, linewidths=1.0, capstyle="projecting"))
+        if row_labels:
+            axes.text(left - 7, y + cell_h / 2, row_labels[r], ha="right", va="center", fontsize=FONT)
+    for c, (text, angle) in enumerate(heads):
+        middle = left + c * (cell_w + GAP) + cell_w / 2
+        axes.text(
+            middle, top - 5, text, ha="left" if angle else "center", va="bottom", rotation=angle,
+            rotation_mode="anchor" if angle else None, fontsize=FONT,
+        )  # fmt: skip
+    axes.set(xlim=(0, full_w), ylim=(full_h, 0))
+    return figure
+
+
+def overlay(image: Tensor, mask: Tensor, scale: float | None = None) -> Figure:
+    """An image with the outline of its mask.
+
+    Args:
+        image: float32 (3, H, W) in [-1, 1].
+        mask: bool (1, H, W).
+        scale: As for :func:`sheet`.
+    """
+    return sheet([[image]], outline_masks=[[mask]], scale=scale)
+
+
+def _check_labels(rows, columns, row_labels, column_labels, outline_masks) -> None:
+    if row_labels is not None and len(row_labels) != len(rows):
+        raise ValueError(f"the sheet has {len(rows)} rows but {len(row_labels)} row labels")
+    if column_labels is not None and len(column_labels) != columns:
+        raise ValueError(f"the sheet has {columns} columns but {len(column_labels)} column labels")
+    if outline_masks is None:
+        return
+    if [len(row) for row in outline_masks] != [len(row) for row in rows]:
+        raise ValueError("outline_masks must have a place (a mask or None) for every cell of the sheet")
+    for row, masks in zip(rows, outline_masks):
+        for cell, mask in zip(row, masks):
+            if mask is not None and (cell is None or np.shape(mask)[-2:] != np.shape(cell)[-2:]):
+                raise ValueError(f"an outline of {np.shape(mask)} does not fit a cell of {np.shape(cell)}")
+
+
+def _fitting(height: int, width: int, columns: int) -> float:
+    """A whole number of screen pixels an image pixel, or one over a whole number, that fits the page."""
+    room = min(LARGEST_CELL, (WIDEST - columns * GAP) / columns)
+    largest = max(height, width)
+    return float(int(room // largest)) if largest <= room else 1 / ceil(largest / room)
+
+
+def _shown(cell: Tensor | np.ndarray, scale: float) -> np.ndarray:
+    """The cell's pixels; where they are more than the page has, averaged down by PIL beforehand."""
+    array = pixels(cell)
+    if scale >= 1:
+        return array
+    from PIL import Image
+
+    # Two pixels a screen pixel: as many as the saved PNG has.
+    size = (max(1, round(array.shape[1] * scale * 2)), max(1, round(array.shape[0] * scale * 2)))
+    return np.asarray(Image.fromarray(array).resize(size, Image.Resampling.BOX))
+
+
+def _text_width(text: str) -> float:
+    """Width in screen pixels."""
+    if not text.strip():
+        return 0.0
+    path = TextPath((0, 0), text, size=FONT, prop=FontProperties(family="DejaVu Sans"))
+    return path.get_extents().width * DPI / 72
+
+
+def _headings(labels: Sequence[str] | None, cell_w: float) -> tuple[list[tuple[str, float]], float, float]:
+    """Column headings as (text, angle), the room above the first row, and the room beside the last column.
+
+    Headings that are too wide break at spaces and underscores; if one still does not fit, all are turned by 40 degrees.
+    """
+    if not labels:
+        return [], 2.0, 0.0
+    line = FONT * DPI / 72 * 1.25
+    broken = [_broken(str(label), cell_w) for label in labels]
+    if all(_text_width(part) <= cell_w for text in broken for part in text.split("\n")):
+        return [(text, 0.0) for text in broken], max(t.count("\n") + 1 for t in broken) * line + 8, 0.0
+    flat = [str(label).replace("\n", " ") for label in labels]
+    turned = np.deg2rad(40)
+    rise = max(map(_text_width, flat)) * np.sin(turned) + line * np.cos(turned)
+    beside = max(0.0, _text_width(flat[-1]) * np.cos(turned) - cell_w / 2 + 4)
+    return [(text, 40.0) for text in flat], rise + 8, beside
+
+
+def _broken(label: str, room: float) -> str:
+    lines, current = [], ""
+    for word in label.replace("_", "_ ").split():
+        joined = word if not current else current + ("" if current.endswith("_") else " ") + word
+        if current and _text_width(joined) > room:
+            lines.append(current)
+            joined = word
+        current = joined
+    return "\n".join([*lines, current])

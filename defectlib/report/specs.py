@@ -1,0 +1,177 @@
+"""What each table is about: its metrics, its protocol, whose results belong in it; and the reason codes.
+
+A reason says why a reproduced number may not be read against the published one, or why one of the two is missing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+REASONS = {
+    "not_run": "not run here",
+    "not_run_for_all": "run here for some of the categories only, so there is no average",
+    "withheld": "run, but the number is withheld: too few images, or nothing to tell apart",
+    "partly_withheld": "defects with too few images are left out of the mean",
+    "other_extractor": "features of a small network of this package, not of Inception, AlexNet or VGG",
+    "other_dataset": "the papers have no number for this data set",
+    "other_split": "another split than the paper's protocol for this table",
+    "other_crops": "the paper's weld crops are not published, these are ours",
+    "other_machine": "time on another machine, at another resolution and length of training than the paper's",
+    "reduced_scale": "a small profile, not the paper's model, resolution and training",
+    "undefined_in_paper": "the paper prints no such number, or does not say which variant of the measure it used",
+    "dirty": "the code had uncommitted changes",
+}
+
+
+def explain(codes: list[str]) -> str:
+    """Codes as they stand in a table's column ``why``: "code: words; code: words"."""
+    return "; ".join(f"{code}: {REASONS[code]}" for code in codes)
+
+
+def codes(why: str) -> list[str]:
+    """The codes in a cell of the column ``why``."""
+    return [part.split(":", 1)[0] for part in why.split("; ") if part]
+
+
+QUALITY = ("kid", "lpips", "is")
+CLASSIFICATION = ("accuracy", "f1_macro")
+LOCALISATION = (
+    "image_auroc", "image_ap", "image_f1", "image_f1_50", "image_f1_max",
+    "pixel_auroc", "pixel_ap", "pixel_f1", "pixel_f1_50", "pixel_f1_max",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One table.
+
+    Attributes:
+        title: What the paper's caption says, shortened.
+        kinds: Metrics without their extractor, in the order shown.
+        split: The rule of the paper's protocol; None where the paper leaves it open.
+        datasets: Only results on these are shown; empty: all but ``elsewhere``.
+        elsewhere: Data sets that have a table of their own.
+        categories: Only results on these categories are shown; empty: all.
+        methods_of_paper: Only results of the methods that the published table lists.
+        rows: "category" (a row a category), "average" (a row a data set) or "both".
+        note: What a reader must know of the protocol.
+    """
+
+    title: str
+    kinds: tuple[str, ...]
+    split: str | None
+    datasets: tuple[str, ...] = ()
+    elsewhere: tuple[str, ...] = ()
+    categories: tuple[str, ...] = ()
+    methods_of_paper: bool = False
+    rows: str = "both"
+    note: str = ""
+
+
+_QUALITY_NOTE = (
+    "KID is times 1,000 and unbiased, so it can be negative; a defect's number is a mean over its real images, a "
+    "category's a mean over its defects, the sd is over seeds. The paper does not name LPIPS' network, so its LPIPS "
+    "has no counterpart of ours."
+)
+_ABLATION_NOTE = "DefectSynth on MVTec AD's wood, as in the paper; variants are rows of their own."
+
+SPECS = {
+    "table_1": Spec(
+        "Real defect images used in the two stages, fewest and most over a category's defects",
+        ("masks_stage1_min", "masks_stage1_max", "images_stage2_min", "images_stage2_max"),
+        "all_shots",
+        rows="category",
+        note="Ours: shots in the split manifest; the same shots give the masks of stage 1 and the images of stage 2.",
+    ),
+    "table_2": Spec(
+        "Generation quality on MVTec AD",
+        QUALITY,
+        "all_shots",
+        elsewhere=("gdxray", "deepcrack"),
+        note=_QUALITY_NOTE,
+    ),
+    "table_3": Spec(
+        "Generation quality on GDXray and DeepCrack",
+        QUALITY,
+        "all_shots",
+        datasets=("gdxray", "deepcrack"),
+        note=_QUALITY_NOTE,
+    ),
+    "table_4": Spec(
+        "Training time and speed of drawing",
+        ("train_stage1_h", "train_stage2_h", "train_total_h", "fit_s", "pairs_per_second"),
+        None,
+        rows="category",
+        note=(
+            "Published: one defect (wood, hole), 256 px, 50 epochs, batch 1, 500 pairs, RTX 4090. Ours: the time of "
+            "the profile's own fit and draw, on the machine named with each run."
+        ),
+    ),
+    "table_5": Spec(
+        "Ablation of DefectSynth's modules on wood",
+        QUALITY,
+        "all_shots",
+        methods_of_paper=True,
+        rows="category",
+        note=_ABLATION_NOTE,
+    ),
+    "table_6": Spec(
+        "Four mask strategies on wood",
+        ("mask_iou", *QUALITY),
+        "all_shots",
+        methods_of_paper=True,
+        rows="category",
+        note=_ABLATION_NOTE,
+    ),
+    "table_7": Spec(
+        "Time of an image with and without SAE",
+        ("seconds_per_image",),
+        None,
+        methods_of_paper=True,
+        rows="category",
+        note="Published: 50 steps on an RTX 4090.",
+    ),
+    "table_8": Spec(
+        "Classification of defects by a ResNet-34 on MVTec AD",
+        CLASSIFICATION,
+        "random_thirds",
+        note=(
+            "Percent on held-out real defects. The paper does not say how F1 is averaged over defects; ours is the "
+            "macro mean. The paper has no row for Crop-Paste."
+        ),
+    ),
+    "table_9": Spec(
+        "Localisation of defects by a U-Net",
+        LOCALISATION,
+        "first_third",
+        note=(
+            "Percent on held-out real images. Pixel F1 is at threshold 0.5, as the paper says; the paper names no "
+            "threshold for the image F1, so ours stands in rows of its own: at 0.5 and the largest over all thresholds."
+        ),
+    ),
+    "table_10": Spec(
+        "Tire inspection: classification and localisation",
+        (*CLASSIFICATION, *LOCALISATION),
+        None,
+        categories=("tire",),
+        rows="category",
+        note=(
+            "The paper's tire X-rays are private. MVTec 3D-AD's tire stands beside them under its own name, where "
+            "it was run."
+        ),
+    ),
+    "headline": Spec(
+        "What the four abstracts state",
+        (
+            "is", "ic-lpips", "accuracy", "pixel_ap", "pixel_f1", "pixel_f1_50", "pixel_f1_max",
+            "ap_gain", "iap_gain", "iap90_gain",
+        ),  # fmt: skip
+        None,
+        rows="average",
+        note=(
+            "Means over all categories of a data set. The abstracts name neither IC-LPIPS' network and clusters nor "
+            "the threshold of F1-P; AdaBLDM's gains are percentage points over a best earlier system that is not named "
+            "there."
+        ),
+    ),
+}  # fmt: skip

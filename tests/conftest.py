@@ -1,0 +1,37 @@
+"""Small trees that several tests share."""
+
+import os
+
+import pytest
+import torch
+
+from defectlib import params, paths
+from defectlib.data import mini
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_mini(tmp_path_factory):
+    """Two categories of `mini`, a few images of 64 px."""
+    root = tmp_path_factory.mktemp("data") / "mini"
+    first = sorted(mini.CATEGORIES)[:2]
+    return mini.build(root, categories=first, shots=6, train=6, test=3, size=64)
+
+
+@pytest.fixture
+def tiny_parameters(tiny_mini, tmp_path):
+    """Smoke parameters on it, with run folders of this test alone."""
+    return params.validate(
+        {"profile": "smoke", "data_root": str(tiny_mini), "runs_root": str(tmp_path / "runs")}, "test"
+    )
+
+
+@pytest.fixture
+def shared():
+    """The folder of real data sets beside the checkout; the test is skipped where it is missing."""
+    folder = paths.ROOT.parent / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip(f"no real data sets beside the checkout ({folder.name}/ is missing)")
+    return folder

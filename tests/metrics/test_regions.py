@@ -1,0 +1,132 @@
+import resource
+import time
+
+import numpy as np
+import pytest
+from sklearn.metrics import average_precision_score, f1_score, precision_recall_curve, roc_auc_score
+
+from defectlib.metrics import regions
+
+
+def test_hand_worked_scores():
+    """Four pixels, scores .9 .8 .4 .1, truth 1 0 1 0: three of four pairs in order, AP = 1/2 (1 + 2/3), F1 at .4 = 4/5."""
+    found = regions.binary_scores(np.array([0.9, 0.8, 0.4, 0.1]), np.array([True, False, True, False]))
+    assert found == pytest.approx({"auroc": 0.75, "ap": 5 / 6, "f1_max": 0.8, "f1_50": 0.5, "f1_max_21": 0.8})
+
+
+def test_ties_count_half():
+    found = regions.binary_scores(np.full(6, 0.5), np.array([True, False] * 3))
+    assert found["auroc"] == 0.5 and found["ap"] == 0.5 and found["f1_50"] == 0.0, "0.5 is not above 0.5"
+
+
+def brute_force(scores, truth, thresholds):
+    return max(f1_score(truth, scores > t, zero_division=0) for t in thresholds)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_against_scikit_learn(seed):
+    rng = np.random.default_rng(seed)
+    truth = rng.random(400) < 0.2
+    scores = np.clip(np.round(rng.normal(0.3 + 0.3 * truth, 0.25), 1 + seed % 3), 0, 1)
+    found = regions.binary_scores(scores, truth)
+    precision, recall, _ = precision_recall_curve(truth, scores)
+    exact = np.nanmax(2 * precision * recall / np.maximum(precision + recall, 1e-12))
+    assert found["auroc"] == pytest.approx(roc_auc_score(truth, scores), abs=1e-12)
+    assert found["ap"] == pytest.approx(average_precision_score(truth, scores), abs=1e-12)
+    assert found["f1_max"] == pytest.approx(exact, abs=1e-12)
+    assert found["f1_50"] == pytest.approx(f1_score(truth, scores > 0.5), abs=1e-12)
+    assert found["f1_max_21"] == pytest.approx(brute_force(scores, truth, [k / 20 for k in range(21)]), abs=1e-12)
+    assert found["f1_max_21"] <= found["f1_max"]
+
+
+def test_the_21_thresholds_can_miss_the_best_one():
+    """All scores between 0.50 and 0.55: only `> 0.5` sees them, and it cannot part them."""
+    found = regions.binary_scores(np.array([0.54, 0.53, 0.52, 0.51]), np.array([True, False, False, False]))
+    assert found["f1_max"] == 1.0 and found["f1_max_21"] == pytest.approx(0.4)
+
+
+@pytest.mark.parametrize("truth, reason", [([True] * 3, "no negative"), ([False] * 3, "no positive"), ([], "nothing")])
+def test_one_class_is_undefined_not_a_half(truth, reason):
+    truth = np.array(truth, dtype=bool)
+    assert reason in regions.why_undefined(truth)
+    assert set(regions.binary_scores(np.zeros(len(truth)), truth).values()) == {None}
+
+
+def test_pixels_are_pooled_over_images():
+    maps = np.zeros((2, 4, 4))
+    masks = np.zeros((2, 4, 4), bool)
+    maps[0, 0, 0], masks[0, 0, 0] = 0.9, True
+    found = regions.pixel_metrics(maps, masks)
+    assert found == {f"pixel_{name}": 1.0 for name in regions.SCORES}
+    assert regions.why_undefined(masks) is None
+
+
+def test_image_metrics_keep_four_names():
+    found = regions.image_metrics(np.array([0.9, 0.2]), np.array([True, False]))
+    assert found == {"image_auroc": 1.0, "image_ap": 1.0, "image_f1_max": 1.0, "image_f1_50": 1.0}
+
+
+def test_image_score_is_the_largest_window_mean():
+    maps = np.zeros((2, 9, 9), np.float32)
+    maps[0, 4, 4] = 0.9
+    maps[1, 0, 0] = 0.9
+    assert regions.image_scores(maps, pool=3) == pytest.approx([0.1, 0.1]), "zeros outside count"
+    assert regions.image_scores(maps, pool=1) == pytest.approx([0.9, 0.9])
+    with pytest.raises(ValueError, match="odd"):
+        regions.image_scores(maps, pool=4)
+
+
+def test_window_scales_with_the_map():
+    assert [regions.default_pool(side) for side in (256, 64, 512, 8)] == [21, 5, 41, 1]
+
+
+def test_image_score_as_in_the_released_script():
+    import torch
+
+    maps = np.random.default_rng(0).random((2, 256, 256)).astype(np.float32)
+    pooled = torch.nn.functional.avg_pool2d(torch.from_numpy(maps)[:, None], 21, stride=1, padding=21 // 2)
+    assert regions.image_scores(maps) == pytest.approx(pooled.numpy().max(axis=(1, 2, 3)))
+
+
+def test_mask_iou():
+    a, b = np.zeros((2, 4, 4), bool)
+    assert regions.mask_iou(a, b) is None
+    a[:2], b[1:3] = True, True
+    assert regions.mask_iou(a, b) == pytest.approx(4 / 12)
+    assert regions.mask_iou(a, a) == 1.0 and regions.mask_iou(a, ~a) == 0.0
+
+
+def test_grey_masks_and_wrong_shapes_are_refused():
+    with pytest.raises(ValueError, match="masks must be bool, got uint8"):
+        regions.pixel_metrics(np.zeros((1, 2, 2)), np.zeros((1, 2, 2), np.uint8))
+    with pytest.raises(ValueError, match=r"\(1, 2, 2\) but masks are \(1, 3, 2\)"):
+        regions.pixel_metrics(np.zeros((1, 2, 2)), np.zeros((1, 3, 2), bool))
+    with pytest.raises(ValueError, match="finite"):
+        regions.binary_scores(np.array([np.nan, 1.0]), np.array([True, False]))
+    with pytest.raises(ValueError, match="bool masks"):
+        regions.mask_iou(np.zeros((2, 2), int), np.zeros((2, 2), bool))
+
+
+def test_classification_by_hand():
+    """Truth a a b c, predicted a b b a: accuracy 1/2; F1 of a 1/2, b 2/3, c 0."""
+    found = regions.classification_metrics(list("aabc"), list("abba"), list("abc"))
+    assert found["accuracy"] == 0.5
+    assert found["f1_macro"] == pytest.approx((1 / 2 + 2 / 3 + 0) / 3)
+    assert found["confusion"] == [[1, 1, 0], [0, 1, 0], [1, 0, 0]]
+    with pytest.raises(ValueError, match="not among the classes: z"):
+        regions.classification_metrics(["a"], ["z"], ["a", "b"])
+    with pytest.raises(ValueError, match="at least one"):
+        regions.classification_metrics([], [], ["a"])
+
+
+def test_four_million_pixels_in_seconds_and_bounded_memory():
+    rng = np.random.default_rng(0)
+    masks = rng.random((61, 256, 256)) < 0.02
+    maps = rng.random(masks.shape, dtype=np.float32) * 0.7 + 0.3 * masks
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    clock = time.perf_counter()
+    found = regions.pixel_metrics(maps, masks)
+    took = time.perf_counter() - clock
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20
+    assert found["pixel_auroc"] == pytest.approx(roc_auc_score(masks.ravel(), maps.ravel()), abs=1e-9)
+    assert took < 10 and grown < 0.6, f"{took:.1f} s, {grown:.2f} GiB"

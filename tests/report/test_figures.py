@@ -1,0 +1,212 @@
+from __future__ import annotations
+
+import io
+
+import matplotlib
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+
+from defectlib.report import figures, sheet
+
+
+def image(value=0.0, size=8):
+    return torch.full((3, size, size), value)
+
+
+def mask(size=8):
+    filled = torch.zeros(1, size, size, dtype=torch.bool)
+    filled[:, 2:4, 3:6] = True
+    return filled
+
+
+def drawn(figure):
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=sheet.DPI)
+    return np.asarray(Image.open(buffer).convert("RGB"))
+
+
+def test_pixels_of_images_masks_and_maps():
+    assert sheet.pixels(image(-1.0)).max() == 0 and sheet.pixels(image(1.0)).min() == 255
+    assert sorted(np.unique(sheet.pixels(mask()))) == [0, 255]
+    trimap = torch.tensor([[[0.0, 0.5, 1.0]]])
+    assert sheet.pixels(trimap)[0, :, 0].tolist() == [0, 128, 255]
+    assert sheet.pixels(np.full((4, 4), 1.0, np.float32)).shape == (4, 4, 3)
+
+
+@pytest.mark.parametrize(
+    ("cell", "message"),
+    [
+        (torch.full((3, 4, 4), 200.0), r"images in \[-1, 1\], got \[200, 200\]"),
+        (np.full((4, 4), -1.0), r"masks and maps in \[0, 1\]"),
+        (torch.zeros(4, 4, 3, dtype=torch.uint8), "a sheet takes images"),
+        (torch.full((1, 4, 4), float("nan")), "got"),
+    ],
+)
+def test_out_of_range_cells_are_refused(cell, message):
+    with pytest.raises(ValueError, match=message):
+        figures.sheet([[cell]])
+
+
+def test_outline_runs_along_pixel_edges():
+    edges = sheet.outline(mask())
+    # 2 x 3 pixels: a perimeter of 10 unit edges
+    assert edges.shape == (10, 2, 2)
+    assert np.abs(edges[:, 0] - edges[:, 1]).sum(axis=1).tolist() == [1] * 10
+    assert edges.min(axis=(0, 1)).tolist() == [3, 2] and edges.max(axis=(0, 1)).tolist() == [6, 4]
+
+
+def test_outline_at_the_border_of_the_image():
+    assert len(sheet.outline(torch.ones(1, 3, 4, dtype=torch.bool))) == 14
+
+
+def test_sheet_pixels_are_crisp_and_in_place():
+    checker = (torch.arange(64).reshape(8, 8) % 2 * 2 - 1).float().expand(3, 8, 8).contiguous()
+    shown = drawn(figures.sheet([[checker, image(1.0)]], scale=4))
+    assert shown.shape[:2] == (2 + 32 + 2, 2 + 32 + sheet.GAP + 32 + 2)
+    block = shown[2:34, 2:34]
+    expected = np.kron((checker[0].numpy() + 1) / 2 * 255, np.ones((4, 4))).astype(np.uint8)
+    assert (block == expected[..., None]).all()
+
+
+@pytest.mark.parametrize("side", [1, 12])
+def test_sheet_sizes(side):
+    figure = figures.sheet(
+        [[image(size=64)] * side] * side, row_labels=["a_row"] * side, column_labels=["poke_insulation"] * side
+    )
+    width, height = figure.get_size_inches() * sheet.DPI
+    assert isinstance(figure, Figure) and width < 1300 and height < 1300
+
+
+def texts(figure):
+    return [text.get_window_extent() for text in figure.axes[0].texts], figure.bbox
+
+
+@pytest.mark.parametrize("columns", [1, 4, 8, 12])
+def test_labels_do_not_overlap_and_are_not_cut(columns):
+    figure = figures.sheet(
+        [[image(size=64)] * columns] * 2,
+        row_labels=["contamination\ncrop_paste", "x"],
+        column_labels=["poke_insulation_of_cable", "crack", "t = 0", "a b"] * 3
+        if columns == 12
+        else ["broken_large"] * columns,
+    )
+    figure.draw_without_rendering()
+    boxes, page = texts(figure)
+    for box in boxes:
+        assert box.x0 >= page.x0 - 0.5 and box.y1 <= page.y1 + 0.5 and box.x1 <= page.x1 + 1.5
+    level = [b for b, text in zip(boxes, figure.axes[0].texts) if text.get_rotation() == 0]
+    for i, first in enumerate(level):
+        assert not any(first.overlaps(second) for second in level[i + 1 :])
+
+
+def test_ragged_rows_and_empty_places():
+    shown = drawn(figures.sheet([[image(-1.0), image(-1.0)], [image(-1.0), None]], scale=2))
+    assert (shown[2:18, 24:38] < 10).any() and (shown[24:36, 24:36] == 255).all()
+
+
+def test_large_images_are_averaged_not_sampled():
+    stripes = torch.ones(3, 512, 512)
+    stripes[:, ::2] = -1
+    shown = drawn(figures.sheet([[stripes] * 8]))
+    assert shown[10:100, 10:100].min() > 100 and shown[10:100, 10:100].max() < 156
+
+
+def test_outlines_are_drawn():
+    plain, outlined = (drawn(figures.sheet([[image()]], outline_masks=m, scale=8)) for m in (None, [[mask()]]))
+    red = (outlined[..., 0].astype(int) - outlined[..., 1] > 100).sum()
+    assert red > 40 and (plain[..., 0] == plain[..., 1]).all()
+    assert (drawn(figures.overlay(image(), mask(), scale=8)) == outlined).all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"rows": [[]]}, "at least one image"),
+        ({"rows": [[image()]], "row_labels": ["a", "b"]}, "1 rows but 2 row labels"),
+        ({"rows": [[image()]], "column_labels": []}, "1 columns but 0 column labels"),
+        ({"rows": [[image()]], "outline_masks": [[]]}, "a place"),
+        ({"rows": [[image()]], "outline_masks": [[mask(4)]]}, "does not fit"),
+    ],
+)
+def test_bad_sheets(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        figures.sheet(**arguments)
+
+
+def scores():
+    rows = [
+        (m, s, k, 0.5 + 0.1 * s) for m in ("crop_paste", "shots_only") for s in (0, 1) for k in ("accuracy", "pixel_ap")
+    ]
+    return pd.DataFrame(rows, columns=["method", "seed", "metric", "value"])
+
+
+def charts():
+    numbers = pd.DataFrame({"n": [4, 4, 8, 8] * 2, "kid": np.linspace(0, 1, 8), "pair": ["a"] * 4 + ["b"] * 4})
+    table = pd.DataFrame({"method": ["shots_only"], "metric": ["accuracy"], "reproduced": [57.1], "sd": [0.8]})
+    return {
+        "compare": figures.compare(scores()),
+        "compare_table": figures.compare(table),
+        "confusion": figures.confusion({"shots_only": np.array([[3, 1], [0, 4]])}, ["crack", "stain"]),
+        "confusion_7": figures.confusion(np.eye(7), [f"a_long_defect_{i}" for i in range(7)]),
+        "curves": figures.curves(numbers, x="n", y="kid", hue="pair"),
+        "strip": figures.strip(numbers.assign(kid=numbers["kid"] + 0.01), x="kid", y="pair", line=0.053, log=True),
+        "spread": figures.spread(numbers, x="n", y="kid", hue="pair"),
+        "sheet": figures.sheet([[image(), mask()]], row_labels=["x"], outline_masks=[[mask(), None]]),
+    }
+
+
+def test_saved_files_are_byte_stable(tmp_path, monkeypatch):
+    again = charts()
+    for stem, figure in charts().items():
+        data = pd.DataFrame({"x": [1 / 3]})
+        files = figures.save(figure, tmp_path, stem, data, caption="What it shows")
+        assert [f.suffix for f in files] == [".pdf", ".png", ".csv"]
+        before = [f.read_bytes() for f in files]
+        monkeypatch.setenv("TZ", "Asia/Tokyo")
+        assert [
+            f.read_bytes() for f in figures.save(again[stem], tmp_path, stem, data, caption="What it shows")
+        ] == before
+        assert b"CreationDate" not in before[0] and b"/Type3" not in before[0]
+        with Image.open(files[1]) as png:
+            assert png.info["Description"] == "What it shows"
+            assert png.info["dpi"][0] == pytest.approx(200, abs=0.1)
+    assert (tmp_path / "sheet.csv").read_text() == "x\n0.3333333333\n"
+
+
+def test_drawing_changes_no_setting_of_the_caller():
+    before = dict(matplotlib.rcParams)
+    charts()
+    assert dict(matplotlib.rcParams) == before
+    with matplotlib.rc_context():
+        figures.style()
+        assert matplotlib.rcParams["pdf.fonttype"] == 42
+
+
+def test_compare_shows_means_and_reference_in_grey():
+    axes = figures.compare(scores()).axes[0]
+    means = sorted({round(float(c[0].get_xdata()[0]), 6) for c in axes.containers})
+    assert means == [0.55]
+    assert axes.containers[0][0].get_color() == "#777777"
+    assert [t.get_text() for t in axes.get_yticklabels()] == ["Accuracy ↑", "Pixel AP ↑"]
+
+
+def test_compare_without_numbers():
+    with pytest.raises(ValueError, match="no number to compare"):
+        figures.compare(scores().assign(value=np.nan))
+
+
+def test_confusion_counts_and_shapes():
+    axes = figures.confusion(np.array([[3, 1], [0, 4]]), ["crack", "stain"]).axes[0]
+    assert [t.get_text() for t in axes.texts] == ["3", "1", "0", "4"]
+    assert axes.images[0].get_array().tolist() == [[0.75, 0.25], [0, 1]]
+    with pytest.raises(ValueError, match="there are 3 labels"):
+        figures.confusion(np.eye(2), ["a", "b", "c"])
+
+
+def test_figures_display_themselves():
+    png = figures.sheet([[image()]])._repr_png_()
+    assert png.startswith(b"\x89PNG")

@@ -1,0 +1,44 @@
+import pytest
+
+from defectlib import cli
+
+
+def run(capsys, *words):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(list(words))
+    captured = capsys.readouterr()
+    return ended.value.code, captured.out, captured.err
+
+
+def test_doctor_says_how_to_get_what_is_missing(capsys):
+    code, out, _ = run(capsys, "doctor")
+    assert code == 0
+    for part in ("Machine", "Packages", "Profiles", "Weights", "Data sets", "torch ", "mini", "inception"):
+        assert part in out
+    assert "mvtec.com" in out and "make reproduce DATASET=folder" in out
+
+
+def test_audit_ends_with_one_where_a_run_would_be_spoiled(capsys, tiny_mini, tmp_path):
+    import shutil
+
+    assert run(capsys, "audit", "--data-root", str(tiny_mini))[0] == 0
+    root = tmp_path / "copy"
+    shutil.copytree(tiny_mini, root)
+    next(root.glob("*/train/good/*.png")).write_bytes(b"")
+    code, out, _ = run(capsys, "audit", "--data-root", str(root))
+    assert code == 1 and "zero" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("reproduce", "--profile", "demp"), "there is no profile 'demp'"),
+        (("reproduce", "--profile", "smoke", "--dataset", "mvtec_ad", "--data-root", "nowhere"), "is not a folder"),
+        (("reproduce", "--profile", "smoke", "--tiles", "many"), "tiles"),
+        (("reproduce", "--profile", "smoke", "--methods", "cut_paste"), "no method 'cut_paste'"),
+        (("audit", "--dataset", "mvtec", "--data-root", "."), "mvtec"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_exit_code_2(capsys, words, message):
+    code, _, err = run(capsys, *words)
+    assert code == 2 and message in err and err.startswith("defectlib: ") and err.count("\n") == 1

@@ -1,0 +1,137 @@
+import shutil
+
+import pytest
+
+from defectlib import images, paths, stages
+from defectlib.runs import STAGES
+
+
+def test_stages_make_what_they_lack_once(tiny_parameters):
+    s = stages.study(tiny_parameters)
+    record = stages.quality(s, "crop_paste", 0)
+    folder = s.folder("crop_paste", 0)
+    times = {stage: folder.stage_file(stage).stat().st_mtime_ns for stage in ("fit", "sample", "quality")}
+    assert stages.quality(s, "crop_paste", 0) == record
+    assert {stage: folder.stage_file(stage).stat().st_mtime_ns for stage in times} == times, "read, not repeated"
+    names = {m["metric"] for m in record["metrics"]}
+    assert {"tiny-kid", "tiny-is", "tiny-lpips", "tiny-ic-lpips"} <= names
+    assert {m["defect"] for m in record["metrics"]} == set(s.defects)
+
+
+def test_downstream_has_the_shots_only_row(tiny_parameters):
+    s = stages.study(tiny_parameters)
+    for method in (stages.SHOTS_ONLY, "crop_paste"):
+        record = stages.downstream(s, method, 0)
+        values = {m["metric"]: m["value"] for m in record["metrics"]}
+        assert 0 <= values["accuracy"] <= 1 and 0 <= values["pixel_auroc"] <= 1
+    assert not s.folder(stages.SHOTS_ONLY, 0).stage_file("sample").exists()
+    found = stages.results(tiny_parameters)
+    assert set(found["method"]) == {stages.SHOTS_ONLY, "crop_paste"} and set(found["stage"]) == set(STAGES) - {
+        "quality"
+    }
+    trained = found[found["metric"] == "pixel_ap"].set_index("method")["protocol"]
+    assert '"n_generated": 0' in trained[stages.SHOTS_ONLY] and '"n_train_real": 0' in trained["crop_paste"]
+
+
+def test_other_sampling_parameters_keep_the_fit_and_set_the_old_samples_aside(tiny_parameters):
+    s = stages.study(tiny_parameters)
+    stages.sample(s, "crop_paste", 0)
+    fit = s.folder("crop_paste", 0).stage_file("fit").stat().st_mtime_ns
+    more = stages.study(tiny_parameters.model_copy(update={"prompts": {s.defects[0]: "another text"}}))
+    stages.sample(more, "crop_paste", 0)
+    folder = more.folder("crop_paste", 0)
+    assert folder.stage_file("fit").stat().st_mtime_ns == fit
+    (aside,) = (folder.path / "superseded").iterdir()
+    assert (aside / "samples.csv").exists() and (aside / "images").is_dir()
+
+
+def test_a_killed_drawing_continues_to_the_same_set(tiny_parameters, tmp_path, monkeypatch):
+    s = stages.study(tiny_parameters)
+    written = images.write_mask
+    count = iter(range(100))
+
+    def dies(path, mask):
+        if next(count) == 5:
+            raise KeyboardInterrupt
+        written(path, mask)
+
+    monkeypatch.setattr(images, "write_mask", dies)
+    with pytest.raises(KeyboardInterrupt):
+        stages.sample(s, "crop_paste", 0)
+    monkeypatch.setattr(images, "write_mask", written)
+    folder = s.folder("crop_paste", 0)
+    assert not folder.stage_file("sample").exists()
+    before = {f: f.stat().st_mtime_ns for f in sorted((folder.path / "masks").glob("*.png"))[:4]}
+    stages.sample(s, "crop_paste", 0)
+    assert {f: f.stat().st_mtime_ns for f in before} == before, "complete groups are kept"
+    other = stages.study(tiny_parameters.model_copy(update={"runs_root": str(tmp_path / "undisturbed")}))
+    stages.sample(other, "crop_paste", 0)
+    whole = other.folder("crop_paste", 0).path
+    for file in sorted(whole.rglob("*.png")) + [whole / "samples.csv"]:
+        assert (folder.path / file.relative_to(whole)).read_bytes() == file.read_bytes()
+
+
+def test_no_test_image_is_a_shot(tiny_parameters):
+    s = stages.study(tiny_parameters)
+    shots = {(shot.defect, shot.id) for shot in s.shots()}
+    held_out = {(defect, name) for _, _, defect, name in s.held_out()}
+    assert shots and held_out and not shots & held_out
+
+
+def test_the_split_is_made_once_and_again_when_the_data_changed(tiny_parameters, tiny_mini, tmp_path):
+    root = tmp_path / "copy"
+    shutil.copytree(tiny_mini, root)
+    asked = tiny_parameters.model_copy(update={"data_root": str(root)})
+    first = stages.manifest(asked)
+    file = asked.dataset_folder() / "split_p0.csv"
+    stamp = file.stat().st_mtime_ns
+    assert stages.manifest(asked).equals(first) and file.stat().st_mtime_ns == stamp
+    s = stages.study(asked)
+    removed = root / first[(first["side"] == "test") & (first["defect"] == s.defects[0])].iloc[-1]["image"]
+    removed.unlink()
+    for mask in root.glob(f"{s.category}/ground_truth/{s.defects[0]}/{removed.stem}*"):
+        mask.unlink()
+    assert len(stages.manifest(asked)) == len(first) - 1
+
+
+def test_damaged_data_stop_a_study_before_any_work(tiny_parameters, tiny_mini, tmp_path):
+    root = tmp_path / "copy"
+    shutil.copytree(tiny_mini, root)
+    victim = next(root.glob("*/test/*/000.png"))
+    victim.write_bytes(victim.read_bytes()[:200])
+    with pytest.raises(ValueError, match=r"would spoil a run: .*000\.png.*python -m defectlib audit"):
+        stages.study(tiny_parameters.model_copy(update={"data_root": str(root)}))
+    assert not (tmp_path / "runs" / "smoke" / "mini" / "split_p0.csv").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"category": "spoon"}, "no category 'spoon' with shots; it has: "),
+        ({"defects": ["melted"]}, "has no defect melted; it has: "),
+        ({"methods": ["cut_paste"]}, "no method 'cut_paste'"),
+    ],
+)
+def test_unknown_names_list_the_known(tiny_parameters, change, message):
+    with pytest.raises(ValueError, match=message):
+        stages.study(tiny_parameters.model_copy(update=change))
+
+
+def test_a_missing_data_root_says_how_to_get_it(tiny_parameters):
+    asked = tiny_parameters.model_copy(update={"dataset": "mvtec_ad", "data_root": "nowhere"})
+    with pytest.raises(FileNotFoundError, match="nowhere is not a folder.*mvtec.com"):
+        stages.study(asked)
+
+
+def test_only_shipped_data_reaches_the_figures_folder(tiny_parameters):
+    own = tiny_parameters.model_copy(update={"profile": "demo", "data_root": None, "runs_root": None})
+    assert stages.figures_folder(own) == paths.FIGURES
+    for change in ({"dataset": "magnetic_tile"}, {"profile": "smoke"}, {"data_root": "x"}, {"split": "all_shots"}):
+        folder = stages.figures_folder(own.model_copy(update=change))
+        assert paths.FIGURES not in (folder, *folder.parents), change
+
+
+def test_random_thirds_has_a_partition_a_seed(tiny_parameters):
+    s = stages.study(tiny_parameters.model_copy(update={"split": "random_thirds"}))
+    sides = [s.manifest(seed).set_index(["defect", "id"])["side"] for seed in (0, 1)]
+    assert not sides[0].sort_index().equals(sides[1].sort_index())
