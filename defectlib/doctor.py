@@ -8,7 +8,7 @@ from pathlib import Path
 
 from defectlib import params, paths, runs
 from defectlib.data import layouts
-from defectlib.metrics import features
+from defectlib.metrics import files
 
 
 def page() -> str:
@@ -56,7 +56,7 @@ def _profiles() -> tuple[str, list[str]]:
 def _weights() -> tuple[str, list[str]]:
     return "Weights", [
         f"{name:10} {'present: ' + str(where) if present else 'missing: ' + how}"
-        for name, (present, where, how) in sorted(features.available().items())
+        for name, (present, where, how) in sorted(files.available().items())
     ]
 
 

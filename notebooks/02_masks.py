@@ -46,7 +46,7 @@ import torch
 
 from defectlib import params, stages
 from defectlib.masks import random as random_masks
-from defectlib.masks import trimap
+from defectlib.masks import shape, trimap
 from defectlib.report import figures
 
 p = params.read(globals())
@@ -89,7 +89,7 @@ def affine(defect, seed):
     shot = by_defect[defect][rng.integers(len(by_defect[defect]))]
     patch = random_masks.affine(shot.mask, rng)
     corner = random_masks.place(patch, torch.ones(1, size, size, dtype=torch.bool), rng)
-    return random_masks.paste(patch, size, corner) if corner else shot.mask
+    return shot.mask if corner is None else random_masks.at(patch, corner, (size, size))
 
 
 sources = {"real": lambda d, i: by_defect[d][i % len(by_defect[d])].mask, "Perlin": perlin, "affine": affine}
@@ -110,7 +110,7 @@ figure
 
 # %%
 statistics = pd.DataFrame(
-    [(d, name, *random_masks.shape(mask)) for (d, name), masks in drawn.items() for mask in masks],
+    [(d, name, *shape.describe(mask)) for (d, name), masks in drawn.items() for mask in masks],
     columns=["defect", "source", "area", "components", "elongation"],
 )
 summary = statistics.groupby(["defect", "source"], sort=False).mean().round(3)

@@ -77,12 +77,15 @@ def brick(rng: Rng, lamp: Lamp, n: int) -> Scene:
     at = _crop(rng, n, (165, 225), 0.12, np.pi / 2)
     light = _read(_picture("brick"), at)
     tones = rng.normal(0, 1, (2, int(_bricks().max()) + 1))
+    # A few over-burnt bricks are nearly as dark as a crack, so that darkness alone finds no defect.
+    burnt = 1 - 0.55 * (rng.random(tones.shape[1]) < 0.16) * rng.uniform(0.5, 1.0, tones.shape[1])
     number = _read(_bricks(), at, order=0).astype(int)
     mortar = smoothstep(0.44, 0.62, light)
     clay = np.array([0.60, 0.33, 0.24]) * (1 + rng.normal(0, 0.05, 3))
     grey = np.array([0.74, 0.71, 0.66]) * (1 + rng.normal(0, 0.03, 3))
     tone = 1 + np.where(number > 0, 0.10 * tones[0][number], 0) + 0.05 * fractal(rng, 24, n, 3)
     warm = np.where(number > 0, 0.05 * tones[1][number], 0)
+    tone = tone * np.where(number > 0, burnt[number], 1)
     stone = (light / 0.40)[..., None] * clay * np.stack([tone, tone - warm, tone - 1.3 * warm], -1)
     return _surface(mix(stone, (light / 0.72)[..., None] * grey, mortar), mortar=mortar)
 

@@ -40,7 +40,7 @@ def brick_crack(scene: Scene, lamp: Lamp, rng: Rng) -> Drawn:
     heading, length = rng.uniform(0, 2 * np.pi), rng.uniform(55, 105)
     start = anywhere(rng, 44) - 0.5 * length * np.array([np.sin(heading), np.cos(heading)])
     distance = capsules(scene.n, crack_strokes(rng, start, heading, length, rng.uniform(1.2, 2.0)))
-    return groove(scene, distance, 1.3, 0.82, 0.22), inside(distance - 0.3)
+    return groove(scene, distance, 1.3, rng.uniform(0.62, 0.80), 0.3), inside(distance - 0.3)
 
 
 def brick_efflorescence(scene: Scene, lamp: Lamp, rng: Rng) -> Drawn:
@@ -48,7 +48,7 @@ def brick_efflorescence(scene: Scene, lamp: Lamp, rng: Rng) -> Drawn:
     level = blob(rng, scene.n, anywhere(rng, 34), rng.uniform(21, 34), 0.35)
     level = level + 0.25 * scene.features["mortar"]
     salt = smoothstep(0.0, 0.75, level) * np.clip(0.62 + 0.22 * fractal(rng, 26, scene.n, 3), 0, 1)
-    salt = np.clip(rng.uniform(0.95, 1.25) * salt, 0, 0.92)
+    salt = np.clip(rng.uniform(0.75, 1.2) * salt, 0, 0.92)
     return replace(scene, albedo=mix(scene.albedo, (0.90, 0.89, 0.86), salt)), smoothstep(0.12, 0.20, level)
 
 
@@ -115,7 +115,7 @@ def gravel_oil(scene: Scene, lamp: Lamp, rng: Rng) -> Drawn:
     level = blob(rng, scene.n, anywhere(rng, 34), rng.uniform(21, 33), 0.28)
     level = level - 0.45 * (light - 0.5)
     wet = smoothstep(-0.02, 0.16, level)
-    dark = rng.uniform(0.3, 0.42) * scene.albedo**1.25 * np.array([1.06, 0.98, 0.86])
+    dark = rng.uniform(0.4, 0.58) * scene.albedo**1.25 * np.array([1.06, 0.98, 0.86])
     glint = wet * smoothstep(0.62, 0.86, light) * rng.uniform(0.25, 0.5)
     return replace(scene, albedo=mix(scene.albedo, dark, 0.94 * wet), sheen=scene.sheen + glint), wet
 

@@ -68,7 +68,7 @@ def pores(scene: Scene, holes: Sequence[tuple[Array, float]]) -> Drawn:
     strokes = [(np.stack([p, p + 0.1]), np.full(2, radius)) for p, radius in holes]
     distance = capsules(scene.n, strokes)
     bowl = np.clip(-distance / 1.6, 0, 1)
-    shade = 1 - 0.78 * inside(distance, 1.0) * (0.55 + 0.45 * bowl)
+    shade = 1 - 0.72 * inside(distance, 1.0) * (0.55 + 0.45 * bowl)
     relief = scene.relief - 2.2 * bowl + 0.18 * np.exp(-(((distance - 0.6) / 0.5) ** 2))
     changed = replace(scene, albedo=scene.albedo * shade[..., None], relief=relief, sheen=scene.sheen * shade)
     return changed, inside(distance - 0.3)

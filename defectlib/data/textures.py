@@ -1,8 +1,9 @@
 """Procedural textures: what the small feature extractor of ``metrics.tiny`` learns to tell apart.
 
-Thirty-two classes: sixteen surfaces, each clean and with defect-like marks (blobs, scratches, cracks) on it. Within a class
-colour, contrast, scale, phase and lighting vary; families that differ in orientation or scale alone (``brushed_across`` and
-``brushed_along``, ``stripes_fine`` and ``stripes_coarse``) are classes of their own, so that features see both.
+Thirty-two classes: sixteen surfaces, each clean and with defect-like marks (blobs, scratches, cracks) on it. Within a
+class colour, contrast, scale, phase and lighting vary; families that differ in orientation or scale alone
+(``brushed_across`` and ``brushed_along``, ``stripes_fine`` and ``stripes_coarse``) are classes of their own, so that
+features see both.
 
 Nothing here draws a category of ``mini`` or reads a picture: the extractor has not seen what it later measures.
 """
@@ -275,7 +276,7 @@ def _camera(image: Array, rng: Rng) -> Array:
 
 
 def draw(label: int, rng: Rng, size: int = SIZE) -> Tensor:
-    """One texture of class ``CLASSES[label]``, float32 (3, size, size) in [-1, 1]; the same for the same generator state.
+    """One texture of class ``CLASSES[label]``, float32 (3, size, size) in [-1, 1], the same for the same generator.
 
     Raises:
         ValueError: There is no such class.

@@ -2,9 +2,11 @@
 
 Modules are imported by name (``from defectlib.metrics import quality``); importing the package loads nothing.
 
-* :mod:`~defectlib.metrics.features`: extractors by name, their weights, where they are and how to get them
+* :mod:`~defectlib.metrics.features`: extractors by name
+* :mod:`~defectlib.metrics.files`: their weights, where they are and how to get them
 * :mod:`~defectlib.metrics.tiny`: the small extractor that is shipped, and the recipe that trained it
 * :mod:`~defectlib.metrics.fidelity`: the small extractor inside torch-fidelity
-* :mod:`~defectlib.metrics.quality`: KID, IS, LPIPS, IC-LPIPS
+* :mod:`~defectlib.metrics.perceptual`: LPIPS between embeddings; IC-LPIPS and its protocols
+* :mod:`~defectlib.metrics.quality`: KID, IS, and all four measures of a set at once
 * :mod:`~defectlib.metrics.regions`: mask IoU, AUROC, AP, F1; classification scores
 """

@@ -1,49 +1,39 @@
-"""Feature extractors by name, and where their weights are.
+"""Feature extractors by name.
 
-* for KID and IS: ``tiny`` (ours, shipped) and ``inception`` (torch-fidelity's ``inception-v3-compat``: layer "2048" for KID,
-  "logits_unbiased" for IS)
+* for KID and IS: ``tiny`` (ours, shipped) and ``inception`` (torch-fidelity's ``inception-v3-compat``: layer "2048" for
+  KID, "logits_unbiased" for IS)
 * for LPIPS: ``tiny``, ``alex`` and ``vgg`` (trunks and heads of lpips 0.1.4; ``tiny`` has uniform weights for heads)
 
-An extractor's name is part of a metric's name (:func:`metric_name`). Weights that are not in the package are looked for in
-``weights/`` and in torch's own cache; a file counts only if its sha256 begins with the digits in its name, which is the
-check that torch hub makes too. ``python -m defectlib.metrics.features inception`` fetches one. What is missing stops with
-that command: random weights never take its place.
+An extractor's name is part of a metric's name (:func:`metric_name`). What is missing stops with the command that gets
+it: random weights never take its place.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
 import functools
-import hashlib
-import re
 import tempfile
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from defectlib import images, paths
+from defectlib import images
 from defectlib.metrics import tiny
+from defectlib.metrics.files import available, locate, sha256, state_dict
 from defectlib.types import check_image
+
+__all__ = [
+    "EXTRACTORS", "PERCEPTUAL", "Extractor", "Perceptual", "available", "check_images", "load", "load_perceptual",
+    "lpips_trunk", "metric_name",
+]  # fmt: skip
 
 EXTRACTORS = ("tiny", "inception")
 PERCEPTUAL = ("tiny", "alex", "vgg")
 MEMORY_LIMIT = 2 * 2**30
-
-# Names and pages as torch-fidelity 0.4.0 (feature_extractor_inceptionv3.py) and torchvision 0.29 (models/{alexnet,vgg}.py)
-# give them; the eight digits are the beginning of the file's sha256.
-FILES = {
-    "inception": (
-        "weights-inception-2015-12-05-6726825d.pth",
-        "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/",
-    ),
-    "alex": ("alexnet-owt-7be5be79.pth", "https://download.pytorch.org/models/"),
-    "vgg": ("vgg16-397923af.pth", "https://download.pytorch.org/models/"),
-}
 
 
 def metric_name(extractor: str, metric: str) -> str:
@@ -51,87 +41,16 @@ def metric_name(extractor: str, metric: str) -> str:
     return f"{extractor}-{metric}"
 
 
-def sha256(path: Path) -> str:
-    """Hex digest of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _how(name: str) -> str:
-    file, page = FILES[name]
-    return f"python -m defectlib.metrics.features {name}   (or put {page}{file} into {paths.WEIGHTS})"
-
-
-def _digits(file: str) -> str:
-    """The beginning of the sha256 that a file's name carries."""
-    return re.search(r"-([0-9a-f]{8,})\.", file)[1]
-
-
-@functools.lru_cache(maxsize=16)
-def _digest(path: Path, _modified: int, _size: int) -> str:
-    return sha256(path)
-
-
-def locate(name: str) -> tuple[Path, str]:
-    """The weights of ``inception``, ``alex`` or ``vgg`` and their sha256, in ``weights/`` or in torch's cache.
-
-    Raises:
-        FileNotFoundError: They are in neither place; the sentence holds the command that gets them.
-        ValueError: The file there is not the one its name says.
-    """
-    file, _ = FILES[name]
-    for folder in (paths.WEIGHTS, Path(torch.hub.get_dir()) / "checkpoints"):
-        path = folder / file
-        if path.is_file():
-            stat = path.stat()
-            digest = _digest(path, stat.st_mtime_ns, stat.st_size)
-            if not digest.startswith(_digits(file)):
-                raise ValueError(
-                    f"{path} is damaged: its sha256 begins with {digest[:8]}, not {_digits(file)}; remove it, then run: "
-                    + _how(name)
-                )
-            return path, digest
-    raise FileNotFoundError(f"the weights {file} of '{name}' are not here; get them by: {_how(name)}")
-
-
-def fetch(name: str) -> Path:
-    """Download the weights of ``name`` into ``weights/`` unless they are there; the sha256 digits are checked."""
-    file, page = FILES[name]
-    target = paths.WEIGHTS / file
-    if not target.is_file():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(page + file, str(target), hash_prefix=_digits(file))
-    return locate(name)[0]
-
-
-def available() -> dict[str, tuple[bool, str, str]]:
-    """Name -> (is it usable, where it is, how to get it), for ``python -m defectlib doctor``."""
-    found = {"tiny": (tiny.WEIGHTS.is_file(), str(tiny.WEIGHTS), "git checkout of defectlib/metrics/weights")}
-    for name in FILES:
-        try:
-            found[name] = (True, str(locate(name)[0]), _how(name))
-        except FileNotFoundError:
-            found[name] = (False, "", _how(name))
-        except ValueError as error:
-            found[name] = (False, "", str(error))
-    return found
-
-
 def _device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _state(path: Path) -> dict[str, Tensor]:
-    """A state dict; a pickle that holds anything but tensors is refused."""
-    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 @dataclass(frozen=True, eq=False)
 class Extractor:
     """Features for KID and class logits for IS; call it with images for the features alone.
 
-    ``module`` maps uint8 (N, 3, H, W) to the tuple (features, logits), as torch-fidelity's extractors do; ``resize`` says in
-    words what it does to the size of its input.
+    ``module`` maps uint8 (N, 3, H, W) to the tuple (features, logits), as torch-fidelity's extractors do; ``resize``
+    says in words what it does to the size of its input.
     """
 
     name: str
@@ -188,7 +107,7 @@ def load(name: str) -> Extractor:
         raise ValueError(f"there is no extractor '{name}'; there are: {', '.join(EXTRACTORS)}")
     if name == "inception":
         path, digest = locate(name)
-        _state(path)  # torch-fidelity unpickles this file; nothing but tensors may be in it
+        state_dict(path)  # torch-fidelity unpickles this file; nothing but tensors may be in it
         layers, registered, options = (
             ["2048", "logits_unbiased"],
             "inception-v3-compat",
@@ -213,11 +132,11 @@ class Perceptual:
     """LPIPS by embedding: the squared Euclidean distance between two embeddings is the LPIPS distance.
 
     LPIPS is a sum over layers of the spatial mean of weighted squared differences of unit-normalised features (Zhang et
-    al., 2018, Eq. 1). With weights w >= 0 each feature times sqrt(w / (H W)) puts the whole sum into one squared norm, so
-    that an image is passed through the network once and every pair costs a subtraction.
+    al., 2018, Eq. 1). With weights w >= 0 each feature times sqrt(w / (H W)) puts the whole sum into one squared norm,
+    so that an image is passed through the network once and every pair costs a subtraction.
 
-    ``trunk`` maps float32 (N, 3, H, W) in [-1, 1] to feature maps; ``heads`` are the weights of each layer's channels, None
-    for 1; ``size`` is the side its input must have, None for any.
+    ``trunk`` maps float32 (N, 3, H, W) in [-1, 1] to feature maps; ``heads`` are the weights of each layer's channels,
+    None for 1; ``size`` is the side its input must have, None for any.
     """
 
     name: str
@@ -300,21 +219,11 @@ def load_perceptual(name: str) -> Perceptual:
     path, digest = locate(name)
     import lpips
 
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # lpips 0.1.4 names torchvision's old arguments
         model = lpips.LPIPS(net=name, pnet_rand=True, verbose=False)
-    state = _state(path)
+    state = state_dict(path)
     # lpips cuts torchvision's `features` into slices and keeps their numbers: slice2.3.weight is features.3.weight.
     names = {key: "features." + key.split(".", 1)[1] for key in model.net.state_dict()}
     model.net.load_state_dict({key: state[source] for key, source in names.items()}, strict=True)
     return lpips_trunk(model, name, digest[:16], _device())
-
-
-def main() -> None:
-    """Fetch the weights of one extractor into ``weights/``."""
-    parser = argparse.ArgumentParser(prog="python -m defectlib.metrics.features", description=main.__doc__)
-    parser.add_argument("name", choices=sorted(FILES))
-    print(fetch(parser.parse_args().name))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,10 +1,9 @@
 """Quality of generated images: KID, IS, LPIPS to the nearest real image, and IC-LPIPS.
 
 Each is a pure function from features to a number, through torch-fidelity's and lpips' own arithmetic; :func:`evaluate`
-extracts the features once and returns rows with the protocol beside each number. Features of perceptual networks are
-embeddings whose squared Euclidean distance is LPIPS (:class:`defectlib.metrics.features.Perceptual`).
+extracts the features once and returns rows with the protocol beside each number.
 
-With 5 to 30 real images these numbers move a lot: KID is unbiased and may be negative, and is never clipped; where a set
+With 5 to 30 real images these numbers move a lot. KID is unbiased, may be negative, and is never clipped. Where a set
 is too small for a number to mean anything the number is withheld (None) and the reason stands in its protocol.
 """
 
@@ -12,58 +11,20 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from torch import Tensor
 
 from defectlib import images
 from defectlib.metrics import features as extractors
 from defectlib.metrics.features import metric_name
+from defectlib.metrics.perceptual import PROTOCOLS, Protocol, ic_lpips, lpips_to_nearest, vectors
 
 MINIMUM = 4
 IS_SPLITS = 10
 IS_ONE_SPLIT_BELOW = 100
-BLOCK = 2**18
-
-
-@dataclass(frozen=True)
-class Protocol:
-    """One of the computations that papers call IC-LPIPS.
-
-    ``trunk`` is the network, ``size`` the side images are resized to, ``cap`` the most images a cluster keeps,
-    ``singles`` what a cluster of fewer than two images counts as, and ``references`` the real images that clusters form
-    around.
-    """
-
-    name: str
-    trunk: str
-    size: int
-    cap: int
-    singles: Literal["dropped", "zero"]
-    references: Literal["shots", "real"]
-
-
-# The three released scripts. AnomalyDiffusion: the few-shot third as references; DFMGAN (metrics/lpips.py): every real
-# image; SeaS: the images of its instance folder. DFMGAN and SeaS fill clusters in file order up to the cap; here, as in
-# AnomalyDiffusion, the images of a full cluster are drawn at random, from a seed.
-PROTOCOLS = {
-    p.name: p
-    for p in (
-        Protocol("anomalydiffusion", trunk="vgg", size=256, cap=50, singles="dropped", references="shots"),
-        Protocol("dfmgan", trunk="alex", size=256, cap=200, singles="zero", references="real"),
-        Protocol("seas", trunk="vgg", size=256, cap=140, singles="zero", references="shots"),
-    )
-}
-
-
-def _vectors(values: Tensor, what: str) -> Tensor:
-    if values.ndim != 2 or not values.is_floating_point():
-        raise ValueError(f"{what} must be floats (N, D), got {values.dtype} {tuple(values.shape)}")
-    return values
 
 
 def kid(
@@ -90,7 +51,7 @@ def kid(
     """
     from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
 
-    n, m = len(_vectors(features_real, "real features")), len(_vectors(features_generated, "generated features"))
+    n, m = len(vectors(features_real, "real features")), len(vectors(features_generated, "generated features"))
     size = min(n, m, subset_cap)
     found = {"value": None, "sd": None, "subset_size": size, "subsets": subsets}
     if min(n, m) < max(2, minimum):
@@ -107,7 +68,7 @@ def inception_score(logits: Tensor, splits: int | None = None, seed: int = 0, mi
 
     Args:
         logits: (N, C).
-        splits: Parts of the shuffled set whose scores are averaged; default 10, and 1 below 100 images, where parts of a
+        splits: Parts of the shuffled set whose scores are averaged; default 10, and 1 below 100 images, where a
             tenth would hold next to nothing.
         seed: Of the shuffle.
         minimum: Fewest images for which a number is given.
@@ -117,7 +78,7 @@ def inception_score(logits: Tensor, splits: int | None = None, seed: int = 0, mi
     """
     from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD, isc_features_to_metric
 
-    n = len(_vectors(logits, "logits"))
+    n = len(vectors(logits, "logits"))
     splits = (IS_SPLITS if n >= IS_ONE_SPLIT_BELOW else 1) if splits is None else splits
     if n < max(minimum, splits):
         reason = f"IS of {n} images in {splits} split(s); at least {max(minimum, splits)}"
@@ -125,76 +86,6 @@ def inception_score(logits: Tensor, splits: int | None = None, seed: int = 0, mi
     result = isc_features_to_metric(logits, splits=splits, shuffle=True, rng_seed=seed)
     sd = result[KEY_METRIC_ISC_STD] if splits > 1 else None
     return {"value": result[KEY_METRIC_ISC_MEAN], "sd": sd, "splits": splits}
-
-
-def lpips_distances(a: Tensor, b: Tensor) -> Tensor:
-    """LPIPS between every embedding of ``a`` (N, D) and of ``b`` (M, D): float32 (N, M), exactly 0 for equal images."""
-    _vectors(a, "embeddings"), _vectors(b, "embeddings")
-    distances = torch.zeros(len(a), len(b), dtype=torch.float64)
-    for start in range(0, a.shape[1], BLOCK):
-        left, right = a[:, start : start + BLOCK], b[:, start : start + BLOCK]
-        for j in range(len(b)):
-            distances[:, j] += (left - right[j]).square_().sum(1)
-    return distances.float()
-
-
-def lpips_pairwise(embeddings: Tensor) -> Tensor:
-    """LPIPS between all pairs of a set: float32 (N, N), symmetric, zero diagonal."""
-    return lpips_distances(embeddings, embeddings)
-
-
-def lpips_to_nearest(embeddings_generated: Tensor, embeddings_real: Tensor) -> tuple[Tensor, Tensor]:
-    """LPIPS of each generated image to its nearest real one: distances (N,) and which one it is (N,)."""
-    nearest = lpips_distances(embeddings_generated, embeddings_real).min(dim=1)
-    return nearest.values, nearest.indices
-
-
-def mean_pairwise(embeddings: Tensor) -> float:
-    """Mean LPIPS over all pairs of n >= 2 embeddings, without forming the pairs.
-
-    The mean squared distance over pairs is 2 / (n - 1) times the squared distances to the mean, summed.
-    """
-    if len(embeddings) < 2:
-        raise ValueError(f"a mean over pairs needs two images, got {len(embeddings)}")
-    total = 0.0
-    for start in range(0, embeddings.shape[1], BLOCK):
-        block = embeddings[:, start : start + BLOCK].double()
-        total += (block - block.mean(0)).square_().sum().item()
-    return 2 * total / (len(embeddings) - 1)
-
-
-def ic_lpips(
-    embeddings_generated: Tensor, embeddings_references: Tensor, protocol: Protocol, seed: int = 0
-) -> dict[str, Any]:
-    """Intra-cluster LPIPS (Ojha et al., 2021): each image joins its nearest reference; mean distance within clusters.
-
-    The pairs come from embeddings made once an image; memory is bounded by one cluster at a time.
-
-    Args:
-        embeddings_generated: (N, D).
-        embeddings_references: (R, D).
-        protocol: Cap of a cluster and what a cluster of fewer than two images counts as.
-        seed: Of the images that stay in a cluster above the cap.
-
-    Returns:
-        ``value``, ``clusters`` (their sizes before the cap, one a reference), ``capped`` (was anything drawn at random),
-        and ``why_withheld`` where no cluster has two images.
-    """
-    nearest = lpips_to_nearest(embeddings_generated, embeddings_references)[1].numpy()
-    found = {"clusters": np.bincount(nearest, minlength=len(embeddings_references)).tolist()}
-    found["capped"] = max(found["clusters"]) > protocol.cap
-    scores = []
-    for k in range(len(embeddings_references)):
-        members = np.flatnonzero(nearest == k)
-        if len(members) > protocol.cap:
-            members = np.sort(np.random.default_rng([seed, k]).choice(members, protocol.cap, replace=False))
-        if len(members) >= 2:
-            scores.append(mean_pairwise(embeddings_generated[torch.from_numpy(members)]))
-        elif protocol.singles == "zero":
-            scores.append(0.0)
-    if max(found["clusters"]) < 2:
-        return found | {"value": None, "why_withheld": "IC-LPIPS: no cluster has two images"}
-    return found | {"value": float(np.mean(scores))}
 
 
 def subset_spread(features_real: Tensor, features_generated: Tensor, repeats: int = 20, seed: int = 0) -> pd.DataFrame:
@@ -246,8 +137,8 @@ def evaluate(
 ) -> list[dict[str, Any]]:
     """KID, IS, LPIPS to the nearest real and IC-LPIPS of one defect's samples.
 
-    Images go through 8 bits once, as files would; each is passed through each network once. The result depends on the sets
-    of images, not on their order.
+    Images go through 8 bits once, as files would; each is passed through each network once. The result depends on the
+    sets of images, not on their order.
 
     Args:
         generated: Samples, float32 (3, H, W) in [-1, 1].
@@ -262,8 +153,9 @@ def evaluate(
         batch_size: Images a forward pass.
 
     Returns:
-        Rows ``{"metric": "tiny-kid", "value", "sd", "protocol"}``. ``protocol["sd_over"]`` says what ``sd`` is over: "seeds",
-        "samples" (LPIPS), or None where nothing is random. A withheld value is None, its reason ``why_withheld``.
+        Rows ``{"metric": "tiny-kid", "value", "sd", "protocol"}``. ``protocol["sd_over"]`` says what ``sd`` is over:
+        "seeds", "samples" (LPIPS), or None where nothing is random. A withheld value is None, its reason
+        ``why_withheld``.
 
     Raises:
         ValueError: An unknown name, an empty set, or an image of another range or type.

@@ -52,8 +52,8 @@ def binary_scores(scores: ArrayLike, truth: ArrayLike) -> dict[str, float | None
     * ``ap``: sum of precision times the step in recall, no interpolation (``average_precision_score``)
     * ``f1_max``: the largest F1 over all thresholds, exact
     * ``f1_50``: F1 of ``score > 0.5``
-    * ``f1_max_21``: the largest F1 over ``score > t`` for t = 0, 0.05 ... 1, as AnomalyDiffusion's ``test-localization.py``
-      computes the F1-max it prints; never above ``f1_max``
+    * ``f1_max_21``: the largest F1 over ``score > t`` for t = 0, 0.05 ... 1, as AnomalyDiffusion's
+      ``test-localization.py`` computes its F1-max; never above ``f1_max``
 
     Args:
         scores: Floats of any shape; the F1 at fixed thresholds expects probabilities in [0, 1].

@@ -13,8 +13,8 @@ from defectlib.report import page, tables
 
 def manifests(parameters: params.Parameters, categories: list[str], seeds: list[int]) -> pd.DataFrame:
     """The split of the categories of a batch: every partition that its seeds used."""
-    parts = {seed: stages.manifest(parameters, seed) for seed in seeds}
-    table = pd.concat(parts.values()).drop_duplicates()
+    partitions = seeds if parameters.settings().data.split == "random_thirds" else seeds[:1]
+    table = pd.concat([stages.manifest(parameters, seed).assign(partition=seed) for seed in partitions])
     return table[table["category"].isin(categories)]
 
 
@@ -34,4 +34,4 @@ def report(batch: dict[str, Any]) -> Path:
     for name, table in built.items():
         tables.write(table, folder, name)
     paths.write_text(folder / "results.csv", results.to_csv(index=False))
-    return page.write_page(folder, built, results)
+    return page.write_page(folder, built, results, runs_root=parameters.dataset_folder().parents[1])

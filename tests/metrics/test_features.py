@@ -9,7 +9,7 @@ import torchvision
 
 from defectlib import paths
 from defectlib.data import textures
-from defectlib.metrics import features, tiny
+from defectlib.metrics import features, files, tiny
 
 
 def pictures(n, seed=0, size=64):
@@ -34,7 +34,7 @@ def place(folder, name, state, monkeypatch):
     torch.save(state, folder / "x.pth")
     digest = hashlib.sha256((folder / "x.pth").read_bytes()).hexdigest()
     path = (folder / "x.pth").rename(folder / f"net-{digest[:8]}.pth")
-    monkeypatch.setitem(features.FILES, name, (path.name, "https://example.org/"))
+    monkeypatch.setitem(files.FILES, name, (path.name, "https://example.org/"))
     return path, digest
 
 
@@ -51,16 +51,16 @@ def test_metric_name():
 
 @pytest.mark.parametrize("name, load", [("inception", "load"), ("alex", "load_perceptual"), ("vgg", "load_perceptual")])
 def test_missing_weights_stop_with_the_command(no_weights, name, load):
-    with pytest.raises(FileNotFoundError, match=f"python -m defectlib.metrics.features {name}"):
+    with pytest.raises(FileNotFoundError, match=f"python -m defectlib.metrics.files {name}"):
         getattr(features, load)(name)
     present, where, how = features.available()[name]
-    assert not present and where == "" and "defectlib.metrics.features" in how
+    assert not present and where == "" and "defectlib.metrics.files" in how
 
 
 def test_a_damaged_file_is_refused(no_weights):
     folder = paths.WEIGHTS
     folder.mkdir()
-    (folder / features.FILES["alex"][0]).write_bytes(b"not the weights")
+    (folder / files.FILES["alex"][0]).write_bytes(b"not the weights")
     with pytest.raises(ValueError, match="is damaged: its sha256 begins with"):
         features.load_perceptual("alex")
     present, _, how = features.available()["alex"]
@@ -69,7 +69,7 @@ def test_a_damaged_file_is_refused(no_weights):
 
 def test_torch_cache_is_looked_in(no_weights, monkeypatch):
     path, digest = place(no_weights / "hub" / "checkpoints", "alex", {}, monkeypatch)
-    assert features.locate("alex") == (path, digest)
+    assert files.locate("alex") == (path, digest)
     assert features.available()["alex"][:2] == (True, str(path))
 
 

@@ -9,7 +9,7 @@ from defectlib.metrics import regions
 
 
 def test_hand_worked_scores():
-    """Four pixels, scores .9 .8 .4 .1, truth 1 0 1 0: three of four pairs in order, AP = 1/2 (1 + 2/3), F1 at .4 = 4/5."""
+    """Four pixels, truth 1 0 1 0 in order of score: three of four pairs right, AP = 1/2 (1 + 2/3), F1 at .4 = 4/5."""
     found = regions.binary_scores(np.array([0.9, 0.8, 0.4, 0.1]), np.array([True, False, True, False]))
     assert found == pytest.approx({"auroc": 0.75, "ap": 5 / 6, "f1_max": 0.8, "f1_50": 0.5, "f1_max_21": 0.8})
 
