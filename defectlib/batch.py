@@ -207,7 +207,8 @@ def run_job(job: Job) -> Path:
 def stage_files(parameters: Parameters, stage: str) -> list[Path]:
     """The stage files a notebook run over one category must leave behind."""
     folder = parameters.dataset_folder() / parameters.category
-    return [folder / method / f"s{seed}" / f"{stage}.json" for method in parameters.methods for seed in parameters.seeds]
+    runs_of = [(method, seed) for method in parameters.methods for seed in parameters.seeds]
+    return [folder / method / f"s{seed}" / f"{stage}.json" for method, seed in runs_of]
 
 
 def withdraw_stale_receipts(graph: dict[str, Job]) -> list[str]:

@@ -74,7 +74,7 @@ def _data_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--split", choices=["first_third", "random_thirds", "all_shots"], help="default: the profile's")
     sub.add_argument("--tiles", help="side of square crops in px, or auto, or none; default: as the data set needs")
     sub.add_argument("--runs", help="the runs folder; default runs/")
-    sub.add_argument("--figures", help="where tables and figures go; default: figures/ for mini at demo, else beside the runs")
+    sub.add_argument("--figures", help="where tables and figures go; default: figures/ for mini, else beside the runs")
 
 
 def _parameters(a: argparse.Namespace, **more: Any) -> Parameters:

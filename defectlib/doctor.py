@@ -47,7 +47,7 @@ def _packages() -> tuple[str, list[str]]:
 
 def _profiles() -> tuple[str, list[str]]:
     return "Profiles", [
-        f"{name:8} {s.data.image_size} px, backbone {s.backbone}, extractor {s.quality.extractor}, methods {', '.join(s.methods)}"
+        f"{name:8} {s.data.image_size} px, extractor {s.quality.extractor}, methods {', '.join(s.methods)}"
         for name in params.profile_names()
         for s in (params.load_profile(name),)
     ]

@@ -80,7 +80,7 @@ def read_mask(path: Path | str, box: Box | None = None, size: int | None = None,
 
 
 def mask_values(path: Path | str) -> np.ndarray:
-    """The grey values of a mask file as an integer array (H, W); palette files give their indices, 1-bit files 0/255."""
+    """The grey values of a mask file as integers (H, W); palette files give their indices, 1-bit files 0 and 255."""
     image = open_pil(path)
     if image.mode in ("1", "LA"):
         image = image.convert("L")

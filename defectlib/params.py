@@ -1,7 +1,7 @@
 """Typed parameters: what a notebook may be told, and what a profile decides.
 
-A notebook's parameter cell holds literals; the next cell hands them to :func:`read`, which refuses unknown names. papermill
-itself only warns about a misspelt parameter and then runs the default.
+A notebook's parameter cell holds literals; the next cell hands them to :func:`read`, which refuses unknown names.
+papermill itself only warns about a misspelt parameter and then runs the default.
 """
 
 from __future__ import annotations
@@ -211,7 +211,7 @@ def validate(values: dict[str, Any], source: str = "parameters") -> Parameters:
 def read(namespace: dict[str, Any]) -> Parameters:
     """Validate what a notebook's parameter cells defined: call as ``params.read(globals())`` in the cell after them.
 
-    Every public literal in the namespace counts as a parameter, so that a misspelt name injected by papermill is refused.
+    Every public literal in the namespace counts as a parameter, so a misspelt name injected by papermill is refused.
     """
     plain = (str, int, float, bool, type(None), list, dict)
     hidden = {"In", "Out"}

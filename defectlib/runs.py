@@ -1,7 +1,7 @@
 """Run folders, stage files, provenance, and :func:`collect`.
 
-``runs/<profile>/<dataset>/<category>/<method>/s<seed>/`` holds what one run made and one ``<stage>.json`` a stage. A stage
-file is written last, by atomic rename: it exists, so that stage is complete. Its ``key`` is a hash of the stage's
+``runs/<profile>/<dataset>/<category>/<method>/s<seed>/`` holds what one run made and one ``<stage>.json`` a stage. A
+stage file is written last, by atomic rename: it exists, so that stage is complete. Its ``key`` is a hash of the stage's
 parameters and of the stages it was made from; a stage whose key no longer matches is moved to ``superseded/``, never
 deleted, and made anew.
 """
@@ -98,12 +98,6 @@ def stage_key(parameters: dict[str, Any], upstream: list[str]) -> str:
     """sha256 over a stage's parameters and the keys of the stages it is made from."""
     text = json.dumps([SCHEMA, parameters, upstream], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def sha256(path: Path | str) -> str:
-    """sha256 of a file's bytes."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def git_state() -> tuple[str, bool]:

@@ -6,7 +6,7 @@ seeds (``000137.png``), so a sample is found again whatever the batch or the res
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +17,9 @@ from tqdm import tqdm
 
 from defectlib import images, paths
 from defectlib.masks import shape
+from defectlib.masks.sources import MaskSource
 from defectlib.methods.base import Method
 from defectlib.types import Request, Sample, Shot
-
-MaskSource = Callable[[np.random.Generator, Sequence[Shot], Tensor], Tensor]
 
 SEED_STRIDE_RUN, SEED_STRIDE_DEFECT = 1_000_000, 10_000
 COLUMNS = ["seed", "group", "category", "defect", "prompt", "area", "components", "change_inside", "change_outside"]

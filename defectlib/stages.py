@@ -69,8 +69,8 @@ def median_cells(rows: pd.DataFrame, root: Path, size: int, cell: int) -> float:
 def read_index(parameters: Parameters, root: Path) -> pd.DataFrame:
     """The index table; a category whose defects are too small for the latents is read as square crops.
 
-    Unless ``tiles`` says otherwise: crops where the data set is always read so (long strips), or where the median defect,
-    resized with its image, would cover fewer than four latent cells.
+    Unless ``tiles`` says otherwise: crops where the data set is always read so (long strips), or where the median
+    defect, resized with its image, would cover fewer than four latent cells.
     """
     index = layouts.index(parameters.dataset, root)
     if parameters.tiles == "none":
@@ -83,9 +83,8 @@ def read_index(parameters: Parameters, root: Path) -> pd.DataFrame:
             small = median_cells(rows, root, settings.image_size, settings.latent_cell) < SMALLEST_CELLS
             side = "auto" if small or layouts.DATASETS[parameters.dataset].unit == "tiles" else "none"
         if side != "none":
-            rows = tiles.cut(
-                rows, root, side, seed=0, size=settings.image_size, cell=settings.latent_cell, foreground=trimap.foreground
-            )  # fmt: skip
+            size, cell = settings.image_size, settings.latent_cell
+            rows = tiles.cut(rows, root, side, seed=0, size=size, cell=cell, foreground=trimap.foreground)
         parts.append(rows)
     return layouts.sort(pd.concat(parts))
 
@@ -265,7 +264,8 @@ def results(parameters: Parameters) -> pd.DataFrame:
 def stamp(s: Study) -> str:
     """The last line of a notebook: what was run, on which code and machine."""
     about = runs.provenance()
-    versions = ", ".join(f"{name} {about['versions'][name]}" for name in ("torch", "diffusers", "torch-fidelity", "lpips"))
+    named = ("torch", "diffusers", "torch-fidelity", "lpips")
+    versions = ", ".join(f"{name} {about['versions'][name]}" for name in named)
     code = about["git_sha"][:12] + (" with uncommitted changes" if about["dirty"] else "")
     return (
         f"profile {s.settings.profile}, {s.parameters.dataset}/{s.category} ({', '.join(s.defects)}), "
@@ -410,4 +410,6 @@ def _localisation(s: Study, folder: RunFolder, train: list, held_out: list, seed
     scores = regions.pixel_metrics(maps, truth) | regions.image_metrics(
         regions.image_scores(maps), truth.any(axis=(1, 2))
     )
+    if undefined := regions.why_undefined(truth):
+        protocol["why_withheld"] = undefined
     return [{"metric": name, "value": value, "protocol": protocol} for name, value in scores.items()]

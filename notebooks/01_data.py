@@ -88,7 +88,9 @@ counts
 
 # %%
 found = audit.audit(p.dataset, s.root)
-print(f"{len(found)} findings" if len(found) else "nothing to report: every file can be read and every pair is complete")
+print(
+    f"{len(found)} findings" if len(found) else "nothing to report: every file can be read and every pair is complete"
+)
 found.groupby(["severity", "problem"]).size().rename("files").reset_index() if len(found) else None
 
 # %% [markdown]
@@ -119,9 +121,7 @@ pd.DataFrame(rows, columns=["rule", "defect images of MVTec AD", "shots", "held 
 manifest = stages.manifest(p)
 splits.check(manifest)
 print(f"rule {s.settings.data.split}, {p.dataset_folder().name} profile; no image or copy of one is on both sides")
-table = manifest.pivot_table(
-    index=["category", "defect"], columns="side", values="id", aggfunc="count", fill_value=0
-)
+table = manifest.pivot_table(index=["category", "defect"], columns="side", values="id", aggfunc="count", fill_value=0)
 table
 
 # %% [markdown]

@@ -96,9 +96,7 @@ sources = {"real": lambda d, i: by_defect[d][i % len(by_defect[d])].mask, "Perli
 drawn = {(d, name): [draw(d, i) for i in range(n)] for d in s.defects for name, draw in sources.items()}
 
 # %%
-figure = figures.sheet(
-    [masks[:8] for masks in drawn.values()], row_labels=[f"{d}\n{name}" for d, name in drawn]
-)
+figure = figures.sheet([masks[:8] for masks in drawn.values()], row_labels=[f"{d}\n{name}" for d, name in drawn])
 figures.save(figure, folder, f"fig_2_mask_sources_{s.category}")
 figure
 

@@ -95,7 +95,9 @@ rows = {}
 for t in levels[1:]:
     noisy = scheduler.add_noise(shot.image[None], noise, torch.tensor([t]))
     rows[t] = diffusion.empirical_x0(noisy, alpha_bar[t], few)[0].clamp(-1, 1)
-figure = figures.sheet([noised[1:], list(rows.values())], row_labels=["x_t", "E[x_0 | x_t]"], column_labels=[f"t = {t}" for t in rows])
+figure = figures.sheet(
+    [noised[1:], list(rows.values())], row_labels=["x_t", "E[x_0 | x_t]"], column_labels=[f"t = {t}" for t in rows]
+)
 figures.save(figure, folder, "closed_form_denoiser")
 figure
 
@@ -104,6 +106,7 @@ figure
 #
 # The loop calls hooks with the fraction of the schedule that is done; here a hook keeps the predicted $x_0$ of every
 # step. Eight samples start from eight seeds.
+
 
 # %%
 def predict_noise(x, t):
@@ -121,7 +124,9 @@ def keep(done, latents, pred_x0):
 seeds = list(range(8))
 samples = diffusion.denoise(predict_noise, diffusion.noise_like(seeds, shot.image.shape), scheduler, 50, [keep])
 shown = seen[4::6]
-figure = figures.sheet([[x for _, x in shown]], row_labels=["predicted x_0"], column_labels=[f"{done:.0%}" for done, _ in shown])
+figure = figures.sheet(
+    [[x for _, x in shown]], row_labels=["predicted x_0"], column_labels=[f"{done:.0%}" for done, _ in shown]
+)
 figures.save(figure, folder, "denoising_loop")
 figure
 
@@ -141,7 +146,10 @@ figure
 # Same seeds, same final images? DDIM is deterministic, so the answer may only depend on how finely the path is followed.
 
 # %%
-ends = {k: diffusion.denoise(predict_noise, diffusion.noise_like(seeds, shot.image.shape), scheduler, k) for k in (10, 20, 50, 100)}
+ends = {
+    k: diffusion.denoise(predict_noise, diffusion.noise_like(seeds, shot.image.shape), scheduler, k)
+    for k in (10, 20, 50, 100)
+}
 same = {k: int((torch.cdist(x.flatten(1), few.flatten(1)).argmin(1) == nearest).sum()) for k, x in ends.items()}
 pd.DataFrame({"steps": same.keys(), "samples that end at the same shot as with 50 steps": same.values()})
 
@@ -150,7 +158,11 @@ pd.DataFrame({"steps": same.keys(), "samples that end at the same shot as with 5
 
 # %%
 between = torch.cdist(few.flatten(1), few.flatten(1))[~torch.eye(len(few), dtype=bool)].min() / few[0].numel() ** 0.5
-print(f"Largest distance of a sample to its nearest shot: {distance.min(1).values.max():.4f} (root mean square, range 2);")
+print(
+    f"Largest distance of a sample to its nearest shot: {distance.min(1).values.max():.4f} (root mean square, range 2);"
+)
 print(f"smallest distance between two shots: {between:.4f}.")
-print(f"{len(set(nearest.tolist()))} different shots were drawn by {len(seeds)} seeds: a perfect few-shot model only copies.")
+print(
+    f"{len(set(nearest.tolist()))} different shots were drawn by {len(seeds)} seeds: a perfect few-shot model only copies."
+)
 print(stages.stamp(s))

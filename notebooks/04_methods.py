@@ -95,7 +95,11 @@ figure
 # %%
 few = {d: 4 for d in s.defects}
 requests = sampling.plan(shots, normals, 4, None, 0, s.prompts(), s.all_defects)
-variants = {"paper": {}, "feather 2 px": {"feather": 2.0}, "no turns": {"rotate": 0.0, "scale_low": 1.0, "scale_high": 1.0, "flip": False}}
+variants = {
+    "paper": {},
+    "feather 2 px": {"feather": 2.0},
+    "no turns": {"rotate": 0.0, "scale_low": 1.0, "scale_high": 1.0, "flip": False},
+}
 drawn = {}
 for name, values in variants.items():
     method = crop_paste.CropPaste(base.configure("crop_paste", values))

@@ -94,5 +94,7 @@ table_4[table_4["metric"].str.startswith(("train", "fit"))]
 # ## What was found
 
 # %%
-print(f"{len(records)} fits; the longest took {cost['fit seconds'].max():.2f} s and the largest model is {cost['model MiB'].max():.1f} MiB.")
+print(
+    f"{len(records)} fits; the longest took {cost['fit seconds'].max():.2f} s and the largest model is {cost['model MiB'].max():.1f} MiB."
+)
 print(stages.stamp(s))

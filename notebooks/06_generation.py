@@ -64,7 +64,9 @@ pd.Series(s.prompts(), name="prompt").to_frame()
 # %%
 records = {(m, seed): stages.sample(s, m, seed) for m in s.methods for seed in s.seeds}
 reports = {run: pd.read_csv(s.folder(*run).path / "samples.csv") for run in records}
-report = pd.concat([table.assign(method=m, seed_of_run=seed) for (m, seed), table in reports.items()], ignore_index=True)
+report = pd.concat(
+    [table.assign(method=m, seed_of_run=seed) for (m, seed), table in reports.items()], ignore_index=True
+)
 print(f"{len(report)} pairs in {len(records)} runs")
 
 # %% [markdown]
@@ -111,6 +113,7 @@ figure
 # With a running kernel: any method, seed and defect. The picture below the widget shows the first choice, so the page
 # says the same without one.
 
+
 # %%
 def explore(method, seed, defect, first):
     drawn = sampling.load(s.folder(method, seed).path, defect)[first : first + 6]
@@ -119,7 +122,7 @@ def explore(method, seed, defect, first):
 
 
 last = max(0, s.settings.sample.n_per_defect - 6)
-ipywidgets.interactive(explore, method=s.methods, seed=s.seeds, defect=s.defects, first=(0, last))
+ipywidgets.interactive(explore, method=list(s.methods), seed=list(s.seeds), defect=list(s.defects), first=(0, last))
 
 # %%
 explore(s.methods[0], s.seeds[0], s.defects[0], 0)

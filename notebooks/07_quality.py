@@ -118,6 +118,8 @@ table_2[table_2["reproduced"].notna()]
 
 # %%
 width = spread[spread["pair"] == "real vs generated"].groupby("n")["kid"].std()
-print(f"{method} on {s.category}/{defect}: with {width.index[0]} samples KID moves by {width.iloc[0]:.3f} (one standard deviation),")
+print(
+    f"{method} on {s.category}/{defect}: with {width.index[0]} samples KID moves by {width.iloc[0]:.3f} (one standard deviation),"
+)
 print(f"with {width.index[-1]} by {width.iloc[-1]:.3f}. n_real = {len(real)}, n_generated = {len(drawn)}.")
 print(stages.stamp(s))

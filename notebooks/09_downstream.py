@@ -40,7 +40,6 @@ runs_root = None
 figures_root = None
 
 # %%
-import json
 
 import numpy as np
 import pandas as pd
@@ -64,8 +63,8 @@ scores = pd.DataFrame(
     columns=["method", "seed", "metric", "value"],
 )
 scores = scores.astype({"value": float})
-mean = scores.pivot_table(index="metric", columns="method", values="value", sort=False)[rows]
-sd = scores.pivot_table(index="metric", columns="method", values="value", aggfunc="std", sort=False).reindex(columns=rows)
+grouped = scores.groupby(["metric", "method"], sort=False)["value"]
+mean, sd = grouped.mean().unstack()[rows], grouped.std().unstack()[rows]
 print(f"mean over {len(s.seeds)} seed(s); the standard deviation follows")
 mean.join(sd, rsuffix=" sd").round(3)
 
@@ -83,8 +82,15 @@ figure
 # %%
 matrices = {}
 for method in rows:
-    found = [m["protocol"].get("confusion") for seed in s.seeds for m in records[method, seed]["metrics"] if m["metric"] == "accuracy"]
-    matrices[method] = np.sum([m for m in found if m is not None], axis=0) if any(m is not None for m in found) else None
+    found = [
+        m["protocol"].get("confusion")
+        for seed in s.seeds
+        for m in records[method, seed]["metrics"]
+        if m["metric"] == "accuracy"
+    ]
+    matrices[method] = (
+        np.sum([m for m in found if m is not None], axis=0) if any(m is not None for m in found) else None
+    )
 matrices = {method: matrix for method, matrix in matrices.items() if matrix is not None}
 figure = figures.confusion(matrices, list(s.defects)) if matrices else None
 if figure is not None:

@@ -14,7 +14,8 @@ from defectlib import batch, params, paths
 
 ROOMS = [
     *("paths", "types", "images", "params", "data", "masks", "backbone", "attention", "diffusion", "training"),
-    *("methods", "sampling", "metrics", "downstream", "runs", "stages", "published", "report", "doctor", "batch", "cli"),
+    *("methods", "sampling", "metrics", "downstream", "runs", "stages", "published", "report", "doctor", "batch"),
+    "cli",
 ]
 NOTEBOOKS = sorted(batch.NOTEBOOKS)
 

@@ -14,8 +14,8 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from defectlib import images
-from defectlib.data import catalog, layouts, splits
+from defectlib import images, paths
+from defectlib.data import catalog, layouts
 from defectlib.data.catalog import Dataset
 from defectlib.data.readers import (
     BROKEN_LINK,
@@ -233,7 +233,7 @@ def _decode(report: _Report, row: dict[str, str], root: Path, path: str) -> _Fil
         # The header alone: open_pil has already turned the picture upright.
         with Image.open(root / path) as header:
             mode, orientation = header.mode, header.getexif().get(ORIENTATION, 1)
-        return _File(True, mode, upright.size, orientation not in (0, 1), splits.sha256(root / path))
+        return _File(True, mode, upright.size, orientation not in (0, 1), paths.sha256(root / path))
     except (OSError, ValueError):
         report.add("corrupt or truncated file", row["category"], path)
         return _File(False)

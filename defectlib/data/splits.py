@@ -10,7 +10,6 @@ its images unless pieces repeat or images are cut into tiles:
 
 from __future__ import annotations
 
-import hashlib
 import io
 import zlib
 from collections.abc import Collection
@@ -57,17 +56,11 @@ def split(index: pd.DataFrame, root: Path | str, rule: str, seed: int = 0) -> pd
     if rule not in RULES:
         raise ValueError(f"there is no split rule '{rule}'; known: {', '.join(RULES)}")
     root = Path(root)
-    hashes = {image: sha256(root / image) for image in dict.fromkeys(index["image"])}
+    hashes = {image: paths.sha256(root / image) for image in dict.fromkeys(index["image"])}
     table = layouts.sort(index).assign(sha256=lambda t: t["image"].map(hashes))
     usable = [row.defect == GOOD or (row.mask != "" and _shows(row, root)) for row in table.itertuples()]
     kept = _one_of_each(table, usable)
     return assign(table, rule, seed, [u and k for u, k in zip(usable, kept)])[COLUMNS]
-
-
-def sha256(path: Path | str) -> str:
-    """sha256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _shows(row, root: Path) -> bool:

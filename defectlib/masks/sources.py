@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from defectlib.masks import random, trimap
@@ -40,4 +39,5 @@ def perlin(rng: np.random.Generator, shots: Sequence[Shot], normal: Tensor) -> T
     return inside if inside.any() else affine(rng, shots, normal)
 
 
-SOURCES: dict[str, Callable[[np.random.Generator, Sequence[Shot], Tensor], Tensor]] = {"affine": affine, "perlin": perlin}
+MaskSource = Callable[[np.random.Generator, Sequence[Shot], Tensor], Tensor]
+SOURCES: dict[str, MaskSource] = {"affine": affine, "perlin": perlin}

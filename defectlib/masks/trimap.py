@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy import ndimage
+from skimage.filters import threshold_otsu
 from torch import Tensor
 
 DEFECT, OBJECT, BACKGROUND = 1.0, 0.5, 0.0
@@ -57,7 +58,7 @@ def foreground(image: Tensor) -> Tensor:
     distance = np.linalg.norm(difference @ np.linalg.cholesky(np.linalg.inv(scatter)), axis=-1)
     floor = max(np.quantile(distance[border], 0.9), 1.0)
     # On a logarithmic scale dark and bright parts of one object fall on the same side.
-    found = _tidy(distance > floor * np.expm1(_otsu(np.log1p(distance / floor))))
+    found = _tidy(distance > floor * np.expm1(threshold_otsu(np.log1p(distance / floor))))
     if not SHARE[0] <= found.mean() <= SHARE[1] or found[border].mean() > TOUCH:
         return whole
     if np.median(plain[found]) < CONTRAST * rough:
@@ -109,17 +110,6 @@ def _difference(pixels: NDArray, border: NDArray[np.bool_]) -> tuple[NDArray, ND
     along = ground / np.linalg.norm(ground, axis=-1, keepdims=True)
     shadow = np.minimum((difference * along).sum(-1, keepdims=True), 0)
     return difference - 0.5 * shadow * along, scatter
-
-
-def _otsu(values: NDArray) -> float:
-    """Otsu's threshold: the split that makes the variance between the two classes largest (Otsu 1979)."""
-    counts, edges = np.histogram(values, bins=256)
-    centres = 0.5 * (edges[:-1] + edges[1:])
-    below, above = np.cumsum(counts), np.cumsum(counts[::-1])[::-1]
-    mean_below = np.cumsum(counts * centres) / np.maximum(below, 1)
-    mean_above = np.cumsum((counts * centres)[::-1])[::-1] / np.maximum(above, 1)
-    between = below[:-1] * above[1:] * (mean_below[:-1] - mean_above[1:]) ** 2
-    return float(edges[1 + int(np.argmax(between))])
 
 
 def _tidy(found: NDArray[np.bool_]) -> NDArray[np.bool_]:

@@ -21,9 +21,9 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
-from defectlib import images
+from defectlib import images, paths
 from defectlib.metrics import tiny
-from defectlib.metrics.files import available, locate, sha256, state_dict
+from defectlib.metrics.files import available, locate, state_dict
 from defectlib.types import check_image
 
 __all__ = [
@@ -116,7 +116,7 @@ def load(name: str) -> Extractor:
         resize = "bilinear to 299 px as in TensorFlow 1 (torch-fidelity)"
     else:
         tiny.load()
-        digest = sha256(tiny.WEIGHTS)
+        digest = paths.sha256(tiny.WEIGHTS)
         from defectlib.metrics import fidelity
 
         layers, registered, options = ["features", "logits"], fidelity.NAME, {}
@@ -214,7 +214,7 @@ def load_perceptual(name: str) -> Perceptual:
     if name == "tiny":
         where = _device()
         net = copy.deepcopy(tiny.load()).to(where)
-        digest = sha256(tiny.WEIGHTS)
+        digest = paths.sha256(tiny.WEIGHTS)
         return Perceptual("tiny", net.maps, None, digest[:16], tiny.SIZE, where)
     path, digest = locate(name)
     import lpips

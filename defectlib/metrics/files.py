@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import hashlib
 import re
 from pathlib import Path
 
@@ -32,15 +31,9 @@ FILES = {
 }
 
 
-def sha256(path: Path) -> str:
-    """Hex digest of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _how(name: str) -> str:
     file, page = FILES[name]
-    return f"python -m defectlib.metrics.files {name}   (or put {page}{file} into {paths.WEIGHTS})"
+    return f"python -m defectlib.metrics.files {name} (or put {page}{file} into {paths.WEIGHTS})"
 
 
 def _digits(file: str) -> str:
@@ -50,7 +43,7 @@ def _digits(file: str) -> str:
 
 @functools.lru_cache(maxsize=16)
 def _digest(path: Path, _modified: int, _size: int) -> str:
-    return sha256(path)
+    return paths.sha256(path)
 
 
 def locate(name: str) -> tuple[Path, str]:

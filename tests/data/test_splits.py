@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from defectlib import paths
 from defectlib.data import layouts, splits, tiles
 
 
@@ -122,7 +123,7 @@ def test_split_marks_copies_and_empty_masks_unused(plate, write_image):
 
 def test_manifest_round_trip(plate, tmp_path):
     table = splits.split(layouts.index("folder", plate), plate, "first_third")
-    assert table.loc[0, "sha256"] == splits.sha256(plate / table.loc[0, "image"])
+    assert table.loc[0, "sha256"] == paths.sha256(plate / table.loc[0, "image"])
     splits.write(table, tmp_path / "deep/split.csv")
     assert splits.read(tmp_path / "deep/split.csv").equals(table)
     table.drop(columns="side").to_csv(tmp_path / "broken.csv", index=False)

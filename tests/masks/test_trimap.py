@@ -8,7 +8,7 @@ import torch
 
 from defectlib import images, paths
 from defectlib.data import mini
-from defectlib.masks.trimap import _otsu, _tidy, foreground, trimap
+from defectlib.masks.trimap import _tidy, foreground, trimap
 
 DATA = Path(paths.ROOT).parent / "shared" / "data"
 
@@ -63,11 +63,6 @@ def test_a_bore_stays_open_and_a_glint_is_filled():
     dotted[2:4, 2:4] = True
     assert np.array_equal(_tidy(dotted), _tidy(ring))
     assert not _tidy(dotted)[49, 49] and _tidy(dotted)[21, 49] and not _tidy(dotted)[2, 2]
-
-
-def test_otsu_splits_two_heaps_between_them():
-    values = np.concatenate([np.linspace(0, 1, 500), np.linspace(5, 6, 200)])
-    assert 0.9 < _otsu(values) < 5.1
 
 
 def test_trimap_is_adabldms():

@@ -1,5 +1,6 @@
 import importlib
 import json
+import warnings
 
 import lpips
 import numpy as np
@@ -142,7 +143,8 @@ def test_protocols_are_those_of_the_released_scripts():
 
 def test_ic_lpips_against_lpips_pair_by_pair():
     """The script's way: every pair through lpips' own network, seeded random trunk."""
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         torch.manual_seed(0)
         model = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False).eval()
     drawn, references = pictures(8, seed=1), pictures(2, seed=2)
