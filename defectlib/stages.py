@@ -361,6 +361,13 @@ def downstream(s: Study, method: str, seed: int) -> dict[str, Any]:
     return folder.record("downstream")
 
 
+def confusion(s: Study, method: str) -> np.ndarray | None:
+    """The confusion matrix of a method summed over seeds (rows true, columns predicted); None with one defect type."""
+    rows = [row for seed in s.seeds for row in downstream(s, method, seed)["metrics"] if row["metric"] == "accuracy"]
+    counts = [row["protocol"]["confusion"] for row in rows if row["value"] is not None]
+    return np.sum(counts, axis=0) if counts else None
+
+
 def _classification(s: Study, folder: RunFolder, shots: list, drawn: list, held_out: list, seed: int) -> list[dict]:
     """Defect classification: base set merged with the samples (DefectSynth, Section V-A.2)."""
     settings = s.settings.downstream.classifier

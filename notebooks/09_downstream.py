@@ -80,17 +80,7 @@ figure
 # Rows are the true defects, columns what the classifier said; summed over seeds.
 
 # %%
-matrices = {}
-for method in rows:
-    found = [
-        m["protocol"].get("confusion")
-        for seed in s.seeds
-        for m in records[method, seed]["metrics"]
-        if m["metric"] == "accuracy"
-    ]
-    matrices[method] = (
-        np.sum([m for m in found if m is not None], axis=0) if any(m is not None for m in found) else None
-    )
+matrices = {method: stages.confusion(s, method) for method in rows}
 matrices = {method: matrix for method, matrix in matrices.items() if matrix is not None}
 figure = figures.confusion(matrices, list(s.defects)) if matrices else None
 if figure is not None:

@@ -67,18 +67,11 @@ def save(
         data: The plotted numbers.
         caption: Stored in the PNG, from where the page takes it.
     """
-    text = {"Software": None} | ({"Description": caption} if caption else {})
-    formats = {
-        "pdf": {"metadata": {"CreationDate": None, "ModDate": None}, "dpi": PNG_DPI},
-        "png": {"metadata": text, "dpi": PNG_DPI, "pil_kwargs": {"optimize": True}},
-    }
-    written = []
-    for suffix, options in formats.items():
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format=suffix, **options)
-        target = Path(folder) / f"{stem}.{suffix}"
-        paths.write_bytes(target, buffer.getvalue())
-        written.append(target)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="pdf", metadata={"CreationDate": None, "ModDate": None}, dpi=PNG_DPI)
+    written = [Path(folder) / f"{stem}.{suffix}" for suffix in ("pdf", "png")]
+    for target, content in zip(written, (drawn.getvalue(), sheets.png(figure, PNG_DPI, caption))):
+        paths.write_bytes(target, content)
     return written if data is None else [*written, save_data(data, folder, stem)]
 
 

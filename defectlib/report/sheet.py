@@ -16,6 +16,8 @@ from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from matplotlib.textpath import TextPath
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from defectlib import images
@@ -31,12 +33,23 @@ Cell = Tensor | np.ndarray | None
 
 
 class Picture(Figure):
-    """A Figure that notebooks display without pyplot."""
+    """A Figure that notebooks display without pyplot, in 256 colours: an executed notebook is read on the web."""
 
     def _repr_png_(self) -> bytes:
-        buffer = io.BytesIO()
-        self.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
-        return buffer.getvalue()
+        return png(self, DPI)
+
+
+def png(figure: Figure, dpi: int, caption: str | None = None) -> bytes:
+    """A figure as PNG in at most 256 colours, without dates; ``caption`` is stored as its Description."""
+    drawn, shown = io.BytesIO(), io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=dpi)
+    text = PngInfo()
+    if caption:
+        text.add_itxt("Description", caption)
+    with Image.open(drawn) as picture:
+        few = picture.convert("RGB").quantize(256, Image.Quantize.MEDIANCUT)
+        few.save(shown, format="png", optimize=True, dpi=(dpi, dpi), pnginfo=text)
+    return shown.getvalue()
 
 
 def pixels(cell: Tensor | np.ndarray) -> np.ndarray:
@@ -180,8 +193,6 @@ def _shown(cell: Tensor | np.ndarray, scale: float) -> np.ndarray:
     array = pixels(cell)
     if scale >= 1:
         return array
-    from PIL import Image
-
     # Two pixels a screen pixel: as many as the saved PNG has.
     size = (max(1, round(array.shape[1] * scale * 2)), max(1, round(array.shape[0] * scale * 2)))
     return np.asarray(Image.fromarray(array).resize(size, Image.Resampling.BOX))
