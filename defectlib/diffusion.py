@@ -29,11 +29,8 @@ def noise_like(seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
     return torch.stack(rows)
 
 
-def empirical_x0(noisy: Tensor, alpha_bar: Tensor, data: Tensor) -> Tensor:
-    """The best possible denoiser of a finite data set, in closed form.
-
-    For x_t = sqrt(a) x_0 + sqrt(1 - a) eps with x_0 uniform over ``data``, the minimiser of the diffusion loss is the
-    posterior mean E[x_0 | x_t] = sum_i softmax_i(-||x_t - sqrt(a) x_i||^2 / (2 (1 - a))) x_i.
+def posterior(noisy: Tensor, alpha_bar: Tensor, data: Tensor) -> Tensor:
+    """P(x_0 = x_i | x_t) for x_t = sqrt(a) x_0 + sqrt(1 - a) eps and x_0 uniform over ``data``.
 
     Args:
         noisy: x_t, float32 (N, C, H, W).
@@ -41,10 +38,18 @@ def empirical_x0(noisy: Tensor, alpha_bar: Tensor, data: Tensor) -> Tensor:
         data: All x_0, float32 (M, C, H, W).
 
     Returns:
-        E[x_0 | x_t], (N, C, H, W).
+        softmax_i(-||x_t - sqrt(a) x_i||^2 / (2 (1 - a))), float64 (N, M).
     """
     distance = torch.cdist(noisy.flatten(1).double(), alpha_bar.double().sqrt() * data.flatten(1).double()).square()
-    weight = torch.softmax(-distance / (2 * (1 - alpha_bar.double())), dim=1)
+    return torch.softmax(-distance / (2 * (1 - alpha_bar.double())), dim=1)
+
+
+def empirical_x0(noisy: Tensor, alpha_bar: Tensor, data: Tensor) -> Tensor:
+    """The best possible denoiser of a finite data set: the posterior mean E[x_0 | x_t], (N, C, H, W).
+
+    It is the minimiser of the diffusion loss over all functions; arguments as in :func:`posterior`.
+    """
+    weight = posterior(noisy, alpha_bar, data)
     return (weight @ data.flatten(1).double()).view_as(noisy).to(noisy.dtype)
 
 

@@ -32,7 +32,6 @@ from defectlib.runs import RunFolder
 from defectlib.types import Shot
 
 SHOTS_ONLY = "shots_only"
-SMALLEST_CELLS = 4
 
 
 def data_root(parameters: Parameters) -> Path:
@@ -67,10 +66,10 @@ def median_cells(rows: pd.DataFrame, root: Path, size: int, cell: int) -> float:
 
 
 def read_index(parameters: Parameters, root: Path) -> pd.DataFrame:
-    """The index table; a category whose defects are too small for the latents is read as square crops.
+    """The index table, cut into square tiles where ``tiles`` or the data set says so.
 
-    Unless ``tiles`` says otherwise: crops where the data set is always read so (long strips), or where the median
-    defect, resized with its image, would cover fewer than four latent cells.
+    In a user's own folder (unit "auto") a category is cut where its median defect, resized with its image, would cover
+    less than one latent cell: it could not be drawn.
     """
     index = layouts.index(parameters.dataset, root)
     if parameters.tiles == "none":
@@ -80,8 +79,9 @@ def read_index(parameters: Parameters, root: Path) -> pd.DataFrame:
     for _, rows in index.groupby("category", sort=False):
         side = parameters.tiles
         if side is None:
-            small = median_cells(rows, root, settings.image_size, settings.latent_cell) < SMALLEST_CELLS
-            side = "auto" if small or layouts.DATASETS[parameters.dataset].unit == "tiles" else "none"
+            unit = layouts.DATASETS[parameters.dataset].unit
+            small = unit == "auto" and median_cells(rows, root, settings.image_size, settings.latent_cell) < 1
+            side = "auto" if small or unit == "tiles" else "none"
         if side != "none":
             size, cell = settings.image_size, settings.latent_cell
             rows = tiles.cut(rows, root, side, seed=0, size=size, cell=cell, foreground=trimap.foreground)

@@ -47,7 +47,7 @@ import pandas as pd
 
 from defectlib import params, stages
 from defectlib.data import audit, layouts, splits
-from defectlib.report import figures, tables
+from defectlib.report import figures, layout, tables
 
 p = params.read(globals())
 s = stages.study(p)
@@ -63,7 +63,10 @@ figures.style()
 
 # %% tags=["nbval-check-output"]
 pd.DataFrame(
-    [[d.name, d.title, d.licence, d.unit, "yes" if d.redistributable else "no"] for d in layouts.DATASETS.values()],
+    [
+        [d.name, d.title, d.licence.split(":")[0], d.unit, "yes" if d.redistributable else "no"]
+        for d in layouts.DATASETS.values()
+    ],
     columns=["name", "data set", "licence", "read as", "shipped"],
 )
 
@@ -75,8 +78,12 @@ pd.DataFrame(
 
 # %%
 index = stages.read_index(p, s.root)
-counts = index.pivot_table(index="category", columns="defect", values="id", aggfunc="count", fill_value=0)
-print(f"{p.dataset}: {len(index)} rows, {index['category'].nunique()} categories")
+faulty = index[index["defect"] != "good"]
+counts = index.groupby("category").agg(images=("id", "size"), parents=("image", "nunique"))
+counts["normals"] = index[index["defect"] == "good"].groupby("category").size()
+counts["defects"] = faulty.groupby("category")["defect"].agg(lambda names: ", ".join(dict.fromkeys(names)))
+kind = "tiles" if (index["box"] != "").any() else "images"
+print(f"{p.dataset}: {len(index)} {kind} in {len(counts)} categories")
 counts
 
 # %% [markdown]
@@ -120,7 +127,7 @@ pd.DataFrame(rows, columns=["rule", "defect images of MVTec AD", "shots", "held 
 # %%
 manifest = stages.manifest(p)
 splits.check(manifest)
-print(f"rule {s.settings.data.split}, {p.dataset_folder().name} profile; no image or copy of one is on both sides")
+print(f"rule {s.settings.data.split}, profile {p.profile_name}; no image or copy of one is on both sides")
 table = manifest.pivot_table(index=["category", "defect"], columns="side", values="id", aggfunc="count", fill_value=0)
 table
 
@@ -133,7 +140,7 @@ table
 # %%
 table_1 = tables.build(stages.results(p), "table_1", manifests=manifest)
 tables.write(table_1, folder, "table_1")
-table_1[table_1["reproduced"].notna()]
+layout.view(table_1)
 
 # %% [markdown]
 # ## Figure 1: many normal images, few defects

@@ -87,19 +87,27 @@ figure
 #
 # If $x_0$ is one of $M$ images with equal probability, the minimiser of the diffusion loss is the posterior mean
 # $E[x_0 | x_t] = \sum_i \mathrm{softmax}_i\!\left(-\frac{\|x_t - \sqrt{\bar\alpha_t}\, x_i\|^2}{2(1 - \bar\alpha_t)}\right) x_i$.
-# At much noise it is the mean of all images; with less noise it picks one.
+# With nothing but noise it is the mean of all images, and with less noise it picks one. How early it picks is the
+# surprise: an image has thousands of pixels, and together they give it away at levels where the eye sees nothing. The
+# last row of the table is the probability of the image that the noise was added to.
 
 # %%
 few = torch.stack([item.image for item in s.shots()])
-rows = {}
-for t in levels[1:]:
-    noisy = scheduler.add_noise(shot.image[None], noise, torch.tensor([t]))
-    rows[t] = diffusion.empirical_x0(noisy, alpha_bar[t], few)[0].clamp(-1, 1)
+late = [140, 420, 650, 850, 950, 980, 999]
+start = [scheduler.add_noise(shot.image[None], noise, torch.tensor([t])) for t in late]
+best = [diffusion.empirical_x0(x, alpha_bar[t], few)[0].clamp(-1, 1) for x, t in zip(start, late)]
 figure = figures.sheet(
-    [noised[1:], list(rows.values())], row_labels=["x_t", "E[x_0 | x_t]"], column_labels=[f"t = {t}" for t in rows]
+    [[x[0].clamp(-1, 1) for x in start], best],
+    row_labels=["x_t", "E[x_0 | x_t]"],
+    column_labels=[f"t = {t}" for t in late],
 )
 figures.save(figure, folder, "closed_form_denoiser")
 figure
+
+# %%
+known = [diffusion.posterior(x, alpha_bar[t], few)[0, 0].item() for x, t in zip(start, late)]
+table = pd.DataFrame({"t": late, "signal": alpha_bar[late].sqrt().tolist(), "probability of the right image": known})
+table.set_index("t").T.round(3)
 
 # %% [markdown]
 # ## The denoising loop

@@ -42,7 +42,7 @@ import pandas as pd
 
 from defectlib import params, stages
 from defectlib.methods import base
-from defectlib.report import figures, tables
+from defectlib.report import figures, layout, tables
 
 p = params.read(globals())
 s = stages.study(p)
@@ -88,7 +88,7 @@ cost.round(3)
 # %%
 table_4 = tables.build(stages.results(p), "table_4")
 tables.write(table_4, folder, "table_4")
-table_4[table_4["metric"].str.startswith(("train", "fit"))]
+layout.view(table_4)
 
 # %% [markdown]
 # ## What was found

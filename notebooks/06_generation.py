@@ -43,7 +43,7 @@ import ipywidgets
 import pandas as pd
 
 from defectlib import params, sampling, stages
-from defectlib.report import figures, tables
+from defectlib.report import figures, layout, tables
 
 p = params.read(globals())
 s = stages.study(p)
@@ -135,7 +135,7 @@ explore(s.methods[0], s.seeds[0], s.defects[0], 0)
 # %%
 table_4 = tables.build(stages.results(p), "table_4")
 tables.write(table_4, folder, "table_4")
-table_4[table_4["metric"] == "pairs_per_second"]
+layout.view(table_4)
 
 # %% [markdown]
 # ## What was found

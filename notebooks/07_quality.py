@@ -47,7 +47,7 @@ import pandas as pd
 
 from defectlib import params, sampling, stages
 from defectlib.metrics import features, quality
-from defectlib.report import figures, tables
+from defectlib.report import figures, layout, tables
 
 p = params.read(globals())
 s = stages.study(p)
@@ -107,11 +107,11 @@ spread.groupby(["pair", "n"])["kid"].agg(["mean", "std"]).round(4)
 # `published | reproduced | delta | why not comparable`. A cell that was not run is empty.
 
 # %%
-for name in ("table_2", "table_3"):
-    table = tables.build(results, name)
+built = {name: tables.build(results, name) for name in ("table_2", "table_3")}
+for name, table in built.items():
     tables.write(table, folder, name)
-table_2 = tables.build(results, "table_2")
-table_2[table_2["reproduced"].notna()]
+run_here = [table for table in built.values() if table["reproduced"].notna().any()]
+layout.view((run_here or list(built.values()))[0])
 
 # %% [markdown]
 # ## What was found

@@ -44,7 +44,7 @@ import pandas as pd
 from defectlib import params, sampling, stages
 from defectlib.methods import base
 from defectlib.metrics import quality
-from defectlib.report import figures, tables
+from defectlib.report import figures, layout, tables
 
 p = params.read(globals())
 s = stages.study(p)
@@ -107,7 +107,7 @@ figure
 # %%
 for name in ("table_5", "table_6", "table_7"):
     tables.write(tables.build(stages.results(p), name), folder, name)
-tables.build(stages.results(p), "table_5")
+layout.view(tables.build(stages.results(p), "table_5"))
 
 # %% [markdown]
 # ## What was found

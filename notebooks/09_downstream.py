@@ -40,12 +40,11 @@ runs_root = None
 figures_root = None
 
 # %%
-
 import numpy as np
 import pandas as pd
 
 from defectlib import params, stages
-from defectlib.report import figures, tables
+from defectlib.report import figures, layout, tables
 
 p = params.read(globals())
 s = stages.study(p)
@@ -114,11 +113,11 @@ results = stages.results(p)
 for name in ("table_8", "table_9", "table_10", "headline"):
     tables.write(tables.build(results, name), folder, name)
 table_8 = tables.build(results, "table_8")
-table_8[table_8["reproduced"].notna()]
+layout.view(table_8)
 
 # %%
 table_9 = tables.build(results, "table_9")
-table_9[table_9["reproduced"].notna()]
+layout.view(table_9)
 
 # %% [markdown]
 # ## What was found

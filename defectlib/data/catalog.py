@@ -72,7 +72,8 @@ class Dataset:
         reader: Folder -> :class:`~defectlib.data.readers.Scan`.
         mask_threshold: A mask pixel is defect above this: 127 for 0/255 and antialiased masks, 0 for class ids and
             bilevel files.
-        unit: "image", or "tiles" where images are too large for their defects and are always read as crops.
+        unit: "image"; "tiles" where images are too large for their defects and are read as crops; "auto" where that
+            depends on the images.
         counts: Expected counts of the release: "train", "test" (images by role), "good", "good/train", "good/test",
             "defect" (all defect images that have a mask), "each defect" (images of every type).
         counts_per: Whether ``counts`` hold for the whole "dataset" or for each "category".
@@ -137,6 +138,7 @@ _ALL = [
         "tar -xJf mvtec_3d_anomaly_detection.tar.xz -C data/mvtec_3d",
         reader=readers.mvtec,
         mask_threshold=0,
+        unit="tiles",
         counts={"good/train": 2950, "good/test": 249, "defect": 948},
     ),
     Dataset(
@@ -201,6 +203,7 @@ _ALL = [
         page="https://github.com/abin24/Magnetic-tile-defect-datasets.",
         obtain='git clone "https://github.com/abin24/Magnetic-tile-defect-datasets." data/magnetic_tile',
         reader=readers.magnetic_tile,
+        unit="tiles",
         counts={"good": 952, "defect": 392},
         complete=by_exposure,
     ),
@@ -213,6 +216,7 @@ _ALL = [
         obtain="lay the folder out as <category>/train/good/*.png, <category>/test/<defect>/*.png and "
         "<category>/ground_truth/<defect>/<same name>_mask.png (0 surface, 255 defect)",
         reader=readers.mvtec,
+        unit="auto",
     ),
 ]
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from math import floor, log10
 
 import pandas as pd
+from pandas.io.formats.style import Styler
 
 from defectlib import published
 from defectlib.report.specs import REASONS, codes
@@ -120,6 +121,11 @@ def blocks(table: pd.DataFrame) -> list[Block]:
     run = table[was_run(table)]
     found = [_run_block(run)] if len(run) else []
     return found + _published_blocks(table)
+
+
+def view(table: pd.DataFrame) -> Styler:
+    """A built table for a notebook: what was run here, or the published table where nothing was."""
+    return blocks(table)[0].cells.style.hide(axis="index").set_uuid(table.attrs["name"])  # no random id
 
 
 def legend(table: pd.DataFrame) -> dict[str, str]:

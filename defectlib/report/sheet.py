@@ -15,6 +15,7 @@ import torch
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
+from matplotlib.patches import Rectangle
 from matplotlib.textpath import TextPath
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
@@ -26,6 +27,7 @@ DPI = 100
 WIDEST = 1100
 LARGEST_CELL = 192
 OUTLINE = "#E8432E"
+FRAME = "#999999"
 GAP = 4
 FONT = 8.5
 
@@ -139,6 +141,8 @@ def sheet(
             x = left + c * (cell_w + GAP)
             h, w = np.shape(cell)[-2] * scale, np.shape(cell)[-1] * scale
             axes.imshow(_shown(cell, scale), extent=(x, x + w, y + h, y), interpolation="nearest", aspect="auto")
+            if len(np.shape(cell)) == 2 or np.shape(cell)[0] == 1:
+                axes.add_patch(Rectangle((x, y), w, h, fill=False, edgecolor=FRAME, linewidth=0.8))
             mask = outline_masks[r][c] if outline_masks else None
             if mask is not None:
                 edges = outline(mask) * scale + [x, y]

@@ -178,7 +178,7 @@ def test_counts_name_what_is_missing(plate):
 def test_every_entry_is_complete():
     for name, entry in layouts.DATASETS.items():
         assert entry.name == name and entry.title and entry.licence and entry.citation and entry.obtain
-        assert entry.unit in ("image", "tiles") and entry.normals in ("images", "crops", "inpaint")
+        assert entry.unit in ("image", "tiles", "auto") and entry.normals in ("images", "crops", "inpaint")
     assert [n for n, d in layouts.DATASETS.items() if d.redistributable] == ["mini"]
 
 
