@@ -21,7 +21,7 @@ env: .venv/complete  ## the locked environment in .venv: by uv where it is prese
 .venv/complete: requirements.lock pyproject.toml
 	test -x $(PY) || python3.11 -m venv .venv || python3 -m venv .venv
 	if command -v uv >/dev/null; then uv pip install --python $(PY) --require-hashes -r requirements.lock && uv pip install --python $(PY) --no-deps --no-build-isolation -e .; \
-	else $(PY) -m pip install --no-deps --require-hashes -r requirements.lock && $(PY) -m pip install --no-deps --no-build-isolation -e .; fi
+	else $(PY) -m ensurepip >/dev/null && $(PY) -m pip install --no-deps --require-hashes -r requirements.lock && $(PY) -m pip install --no-deps --no-build-isolation -e .; fi
 	touch $@
 
 lock:  ## renew requirements.lock from pyproject.toml

@@ -122,6 +122,19 @@ def notebook_parameters(notebook: Path) -> set[str]:
     return {target.id for node in tree.body if isinstance(node, ast.Assign) for target in node.targets}
 
 
+def check_pairs() -> None:
+    """ValueError if a notebook differs from its text half: what would run is not what is reviewed."""
+    import jupytext
+
+    for name in NOTEBOOKS:
+        text, book = (paths.NOTEBOOKS / f"{name}.{suffix}" for suffix in ("py", "ipynb"))
+        halves = [
+            [(c.cell_type, c.source, c.metadata.get("tags")) for c in jupytext.read(f).cells] for f in (text, book)
+        ]
+        if halves[0] != halves[1]:
+            raise ValueError(f"{book} is not in step with {text.name}: jupytext --sync {text}, or make notebooks")
+
+
 def execute(notebook: Path, output: Path, parameters: Parameters) -> None:
     """Execute one notebook by papermill and make sure that it ran to its end.
 
@@ -244,6 +257,7 @@ def reproduce(values: dict[str, Any], words: list[str]) -> None:
     """
     import fcntl
 
+    check_pairs()
     parameters = params.validate(values["parameters"])
     folder = parameters.dataset_folder()
     folder.mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,7 @@
 
 import ast
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -51,13 +52,22 @@ def test_no_global_seed_and_no_exit_in_the_library():
             assert "fork_rng" in text, f"{file}: a seed must not leak to the caller"
 
 
+def test_notebook_pairs_are_in_step():
+    batch.check_pairs()
+
+
+def test_a_pair_out_of_step_is_refused(tmp_path, monkeypatch):
+    shutil.copytree(paths.NOTEBOOKS, tmp_path / "notebooks")
+    text = tmp_path / "notebooks" / "03_backbone.py"
+    text.write_text(text.read_text() + "\n# %%\nprint('new')\n")
+    monkeypatch.setattr(paths, "NOTEBOOKS", tmp_path / "notebooks")
+    with pytest.raises(ValueError, match=r"03_backbone\.ipynb is not in step with 03_backbone\.py"):
+        batch.check_pairs()
+
+
 @pytest.mark.parametrize("name", NOTEBOOKS)
-def test_notebook_pair_is_in_step(name):
-    text = jupytext.read(paths.NOTEBOOKS / f"{name}.py")
-    book = nbformat.read(paths.NOTEBOOKS / f"{name}.ipynb", as_version=4)
-    nbformat.validate(book)
-    assert [(c.cell_type, c.source) for c in text.cells] == [(c.cell_type, c.source) for c in book.cells]
-    assert [c.metadata.get("tags") for c in text.cells] == [c.metadata.get("tags") for c in book.cells]
+def test_notebooks_are_valid(name):
+    nbformat.validate(nbformat.read(paths.NOTEBOOKS / f"{name}.ipynb", as_version=4))
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
