@@ -10,6 +10,7 @@ import functools
 import hashlib
 import json
 import os
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,6 +109,7 @@ def manifest(parameters: Parameters, seed: int = 0) -> pd.DataFrame:
     target, mark = folder / f"split_p{partition}.csv", folder / f"split_p{partition}.json"
     with paths.locked(folder / ".split.lock"):
         if not (target.is_file() and mark.is_file() and json.loads(mark.read_text()) == stamp):
+            print(f"auditing and splitting {parameters.dataset} in {root} (once)", file=sys.stderr, flush=True)
             found = audit.audit(parameters.dataset, root)
             if audit.spoils(found):
                 first = found[found["severity"] == "error"].iloc[0]
