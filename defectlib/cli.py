@@ -105,7 +105,7 @@ def _reproduce(a: argparse.Namespace) -> int:
     }  # fmt: skip
     words = ["--workflow-profile", str(paths.ROOT / "workflow" / "profiles" / a.workflow_profile)]
     words += ["--cores", str(a.cores)] if a.workflow_profile == "default" else []
-    batch.reproduce(values, words + (["--executor", "dryrun"] if a.dry_run else []))
+    batch.reproduce(values, words + (["--executor", "dryrun", "--quiet", "host"] if a.dry_run else []))
     return 0
 
 

@@ -9,7 +9,8 @@ import time
 
 import pytest
 
-from defectlib import batch, paths
+from defectlib import batch, params, paths, stages
+from defectlib.runs import RunFolder
 
 FAST = ["--profile", "smoke", "--cores", "2"]
 
@@ -48,6 +49,12 @@ def test_a_killed_batch_goes_on_where_it_stopped(tiny_mini, tmp_path):
     page = folder / "figures" / "report.html"
     assert page.stat().st_size > 20_000 and (folder / "figures" / "table_2.csv").is_file()
     assert json.loads((folder / "notebooks" / "report.json").read_text())["page"] == str(page)
+    undisturbed = {"profile": "smoke", "data_root": str(tiny_mini), "runs_root": str(tmp_path / "undisturbed")}
+    s = stages.study(params.validate({**undisturbed, "category": category}))
+    for stage in (stages.quality, stages.downstream):
+        values = [m["value"] for m in stage(s, "crop_paste", 0)["metrics"]]
+        ours = RunFolder(folder / category / "crop_paste" / "s0").record(stage.__name__)
+        assert [m["value"] for m in ours["metrics"]] == values, "equal to an undisturbed run's"
     third = subprocess.run(words, capture_output=True, text=True, timeout=300)
     assert third.returncode == 0 and receipts(folder) == after, "nothing to do the third time"
 
