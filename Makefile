@@ -31,7 +31,7 @@ notebooks: .venv/complete  ## execute the committed notebooks in place under the
 	$(PY) -m defectlib notebooks --profile demo
 
 figures: .venv/complete  ## tables and report.html again, from the runs that are there
-	$(PY) -m defectlib report $(OPTIONS)
+	$(PY) -m defectlib report --profile $(PROFILE) --dataset $(DATASET) $(if $(SPLIT),--split $(SPLIT))
 
 bench: .venv/complete  ## every benchmark; each prints one JSON line last
 	for file in benchmarks/*.py; do $(PY) $$file || exit 1; done

@@ -188,7 +188,8 @@ def execute_in_place(name: str, profile: str) -> float:
     notebook.metadata["kernelspec"] = {"display_name": "Python 3", "language": "python", "name": "python3"}
     threads = str(params.load_profile(profile).threads)
     os.environ.update(DEFECTLIB_PROFILE=profile, OMP_NUM_THREADS=threads, MKL_NUM_THREADS=threads)
-    NotebookClient(notebook, timeout=CELL_TIMEOUT_S, resources={"metadata": {"path": str(paths.ROOT)}}).execute()
+    where = {"metadata": {"path": str(paths.ROOT)}}
+    NotebookClient(notebook, timeout=CELL_TIMEOUT_S, resources=where, store_widget_state=False).execute()
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)
     notebook.metadata["language_info"] = {"name": "python"}

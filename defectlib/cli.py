@@ -48,8 +48,9 @@ def parser() -> argparse.ArgumentParser:
     job.add_argument("--batch", required=True, type=Path)
     job.set_defaults(run=_run_job)
 
-    report = commands.add_parser("report", help="tables and report.html from the stage files of a batch")
-    report.add_argument("--batch", required=True, type=Path, help="batch.json in the data set's run folder")
+    report = commands.add_parser("report", help="tables and report.html again, from the runs that are there")
+    _data_options(report)
+    report.add_argument("--batch", type=Path, help="batch.json; default: that of the last reproduce of this data set")
     report.add_argument("--receipt", type=Path)
     report.set_defaults(run=_report)
 
@@ -93,10 +94,13 @@ def _listed(text: str | None) -> list[str] | None:
 
 def _reproduce(a: argparse.Namespace) -> int:
     from defectlib import batch, stages
+    from defectlib.methods import base
 
     seeds = _listed(a.seeds)
     more = {"methods": _listed(a.methods), "seeds": [int(s) for s in seeds] if seeds else None, "grid": a.grid}
     parameters = _parameters(a, **more)
+    for name in parameters.methods or []:
+        base.get(name)
     chosen = _listed(a.category) or stages.categories(parameters)
     for category in chosen:
         stages.study(parameters.model_copy(update={"category": category}))
@@ -121,7 +125,10 @@ def _run_job(a: argparse.Namespace) -> int:
 def _report(a: argparse.Namespace) -> int:
     from defectlib.report import build
 
-    page = build.report(json.loads(a.batch.read_text()))
+    batch = a.batch or _parameters(a).dataset_folder() / "batch.json"
+    if not batch.is_file():
+        raise FileNotFoundError(f"{batch} is missing: nothing was run for this data set yet; make reproduce")
+    page = build.report(json.loads(batch.read_text()))
     print(page)
     if a.receipt:
         paths.write_text(a.receipt, json.dumps({"page": str(page)}))

@@ -153,6 +153,8 @@ def stage(
 ) -> Iterator[list[dict[str, Any]]]:
     """Run one stage: yields the list to put metric rows in, and writes the stage file when the block ends well.
 
+    The resolved parameters go to ``params.json`` before any work.
+
     Args:
         folder: Where the run lives.
         name: One of ``STAGES``.
@@ -164,6 +166,9 @@ def stage(
     A metric row is ``{"metric", "value", "sd", "defect", "protocol"}``; ``sd`` and ``defect`` may be missing.
     """
     folder.supersede(name, key)
+    resolved = folder.path / "params.json"
+    known = json.loads(resolved.read_text()) if resolved.is_file() else {}
+    paths.write_text(resolved, json.dumps(known | {name: parameters}, indent=1))
     metrics: list[dict[str, Any]] = []
     started, clock = time.strftime("%Y-%m-%dT%H:%M:%S%z"), time.perf_counter()
     yield metrics

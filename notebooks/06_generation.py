@@ -92,7 +92,7 @@ numbers.round(3)
 
 # %%
 rows, labels, outlines = [], [], []
-n = 8
+n = 6
 for defect in s.defects:
     real = [shot for shot in s.shots(s.seeds[0]) if shot.defect == defect][:n]
     rows += [[shot.image for shot in real]]

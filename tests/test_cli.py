@@ -32,6 +32,7 @@ def test_audit_ends_with_one_where_a_run_would_be_spoiled(capsys, tiny_mini, tmp
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (("report", "--dataset", "gdxray", "--runs", "nowhere"), "nothing was run for this data set yet"),
         (("reproduce", "--profile", "demp"), "there is no profile 'demp'"),
         (("reproduce", "--profile", "smoke", "--dataset", "mvtec_ad", "--data-root", "nowhere"), "is not a folder"),
         (("reproduce", "--profile", "smoke", "--tiles", "many"), "tiles"),

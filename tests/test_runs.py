@@ -63,7 +63,7 @@ def test_key_depends_on_parameters_and_upstream():
 def test_collect_is_one_long_frame(tmp_path, folder):
     make(folder, "fit", "k1", value=0.5)
     make(folder, "quality", "q1", value=None)
-    (folder.path / "params.json").write_text("{}")
+    assert json.loads((folder.path / "params.json").read_text()) == {"fit": {"n": 1}, "quality": {"n": 1}}
     frame = runs.collect(tmp_path)
     assert list(frame.columns) == list(runs.COLUMNS)
     assert frame["value"].tolist()[0] == 0.5 and frame["value"].isna().tolist() == [False, True]
