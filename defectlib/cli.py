@@ -93,7 +93,7 @@ def _listed(text: str | None) -> list[str] | None:
 
 
 def _reproduce(a: argparse.Namespace) -> int:
-    from defectlib import batch, stages
+    from defectlib import batch, prepare, stages
     from defectlib.methods import base
 
     seeds = _listed(a.seeds)
@@ -101,7 +101,7 @@ def _reproduce(a: argparse.Namespace) -> int:
     parameters = _parameters(a, **more)
     for name in parameters.methods or []:
         base.get(name)
-    chosen = _listed(a.category) or stages.categories(parameters)
+    chosen = _listed(a.category) or prepare.categories(parameters)
     for category in chosen:
         stages.study(parameters.model_copy(update={"category": category}))
     values = {
@@ -144,11 +144,11 @@ def _notebooks(a: argparse.Namespace) -> int:
 
 
 def _audit(a: argparse.Namespace) -> int:
-    from defectlib import stages
+    from defectlib import prepare
     from defectlib.data import audit
 
     parameters = _parameters(a)
-    root = stages.data_root(parameters)
+    root = prepare.data_root(parameters)
     found = audit.audit(parameters.dataset, root)
     print(f"{parameters.dataset} in {root}: {len(found)} findings")
     if len(found):

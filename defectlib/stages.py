@@ -9,8 +9,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import os
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +20,9 @@ import torch
 from torch import Tensor
 
 from defectlib import downstream as models
-from defectlib import params, paths, runs, sampling
-from defectlib.data import audit, layouts, mini, splits, tiles
-from defectlib.masks import sources, trimap
+from defectlib import params, paths, prepare, runs, sampling
+from defectlib.data import layouts, splits
+from defectlib.masks import sources
 from defectlib.methods import base
 from defectlib.metrics import quality as quality_metrics
 from defectlib.metrics import regions
@@ -33,109 +31,6 @@ from defectlib.runs import RunFolder
 from defectlib.types import Shot
 
 SHOTS_ONLY = "shots_only"
-
-
-def data_root(parameters: Parameters) -> Path:
-    """Where the data set lies: as given, else ``data/<dataset>``; the built-in benchmark is built there once."""
-    root = Path(parameters.data_root) if parameters.data_root else paths.DATA / parameters.dataset
-    if parameters.dataset == "mini" and parameters.data_root is None:
-        with paths.locked(root.parent / ".mini.lock"):
-            return mini.build(root)
-    if not root.is_dir():
-        known = layouts.DATASETS.get(parameters.dataset)
-        how = known.obtain if known else f"known data sets: {', '.join(layouts.DATASETS)}"
-        raise FileNotFoundError(f"{root} is not a folder: give DATA_ROOT=... ({how})")
-    return root
-
-
-def fingerprint(root: Path) -> str:
-    """sha256 over the names, sizes and times of all files under ``root``: does the data still stand as it was split?"""
-    lines = []
-    for folder, folders, files in os.walk(root):
-        folders.sort()
-        for name in sorted(files):
-            status = os.stat(os.path.join(folder, name))
-            lines.append(f"{os.path.relpath(os.path.join(folder, name), root)} {status.st_size} {status.st_mtime_ns}")
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
-
-
-def median_cells(rows: pd.DataFrame, root: Path, size: int, cell: int) -> float:
-    """How many latent cells the median defect of a category covers when whole images are resized to ``size``."""
-    masked = rows[rows["mask"] != ""]
-    shares = [layouts.read_mask(row, root).float().mean().item() for row in masked.itertuples()]
-    return float(np.median([share for share in shares if share > 0] or [1.0])) * size**2 / cell**2
-
-
-def read_index(parameters: Parameters, root: Path) -> pd.DataFrame:
-    """The index table, cut into square tiles where ``tiles`` or the data set says so.
-
-    In a user's own folder (unit "auto") a category is cut where its median defect, resized with its image, would cover
-    less than one latent cell: it could not be drawn.
-    """
-    index = layouts.index(parameters.dataset, root)
-    if parameters.tiles == "none":
-        return index
-    settings = parameters.settings().data
-    parts = []
-    for _, rows in index.groupby("category", sort=False):
-        side = parameters.tiles
-        if side is None:
-            unit = layouts.DATASETS[parameters.dataset].unit
-            small = unit == "auto" and median_cells(rows, root, settings.image_size, settings.latent_cell) < 1
-            side = "auto" if small or unit == "tiles" else "none"
-        if side != "none":
-            size, cell = settings.image_size, settings.latent_cell
-            rows = tiles.cut(rows, root, side, seed=0, size=size, cell=cell, foreground=trimap.foreground)
-        parts.append(rows)
-    return layouts.sort(pd.concat(parts))
-
-
-def manifest(parameters: Parameters, seed: int = 0) -> pd.DataFrame:
-    """The split manifest, made once a (profile, data set) after an audit and kept in the data set's run folder.
-
-    ``random_thirds`` has one manifest a seed: the partition is the seed.
-
-    Raises:
-        ValueError: The audit found what would spoil a run, or the split leaks.
-    """
-    rule = parameters.settings().data.split
-    partition = seed if rule == "random_thirds" else 0
-    root = data_root(parameters)
-    folder = parameters.dataset_folder()
-    stamp = {
-        "rule": rule, "partition": partition, "tiles": parameters.tiles, "root": str(root.resolve()),
-        "image_size": parameters.settings().data.image_size, "files": fingerprint(root),
-    }  # fmt: skip
-    target, mark = folder / f"split_p{partition}.csv", folder / f"split_p{partition}.json"
-    with paths.locked(folder / ".split.lock"):
-        if not (target.is_file() and mark.is_file() and json.loads(mark.read_text()) == stamp):
-            print(f"auditing and splitting {parameters.dataset} in {root} (once)", file=sys.stderr, flush=True)
-            found = audit.audit(parameters.dataset, root)
-            if audit.spoils(found):
-                first = found[found["severity"] == "error"].iloc[0]
-                raise ValueError(
-                    f"{root} would spoil a run: {first['problem']}: {first['file']}. {first['remedy']} "
-                    f"(all findings: python -m defectlib audit --dataset {parameters.dataset} --data-root {root})"
-                )
-            table = splits.split(read_index(parameters, root), root, rule, partition)
-            splits.check(table)
-            splits.write(table, target)
-            paths.write_text(mark, json.dumps(stamp))
-    return splits.read(target)
-
-
-def ordered(names: list[str], dataset: str, category: str | None = None) -> list[str]:
-    """Names in the order the category file gives its prompts (defects), then by name."""
-    shipped = params.load_category(dataset, category) if category else None
-    first = [name for name in shipped.prompts if name in names] if shipped else []
-    return first + sorted(set(names) - set(first))
-
-
-def categories(parameters: Parameters) -> list[str]:
-    """The categories that the profile's grid covers: those with at least one shot, the first ones by name."""
-    table = manifest(parameters)
-    names = sorted(table.loc[table["side"] == "shot", "category"].unique())
-    return names[: parameters.settings().grid.categories]
 
 
 @dataclass(frozen=True)
@@ -211,7 +106,7 @@ class Study:
 
 @functools.lru_cache(maxsize=16)
 def _category_rows(parameters: str, category: str, seed: int) -> pd.DataFrame:
-    table = manifest(Parameters.model_validate_json(parameters), seed)
+    table = prepare.manifest(Parameters.model_validate_json(parameters), seed)
     return table[table["category"] == category].reset_index(drop=True)
 
 
@@ -223,13 +118,15 @@ def study(parameters: Parameters) -> Study:
     """
     settings = parameters.settings()
     torch.set_num_threads(settings.threads)
-    table = manifest(parameters)
+    table = prepare.manifest(parameters)
     shots = table[table["side"] == "shot"]
     known = sorted(shots["category"].unique())
     category = parameters.category or known[0]
     if category not in known:
         raise ValueError(f"{parameters.dataset} has no category '{category}' with shots; it has: {', '.join(known)}")
-    every = ordered(list(shots.loc[shots["category"] == category, "defect"].unique()), parameters.dataset, category)
+    every = prepare.ordered(
+        list(shots.loc[shots["category"] == category, "defect"].unique()), parameters.dataset, category
+    )
     defects = parameters.defects or every[: settings.grid.defects]
     unknown = sorted(set(defects) - set(every))
     if unknown:
@@ -238,7 +135,7 @@ def study(parameters: Parameters) -> Study:
     for name in methods:
         base.configure(name, settings.methods.get(name, {}))
     seeds = parameters.seeds or settings.seeds
-    root = data_root(parameters)
+    root = prepare.data_root(parameters)
     return Study(parameters, settings, root, category, tuple(every), tuple(defects), tuple(methods), tuple(seeds))
 
 

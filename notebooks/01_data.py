@@ -45,7 +45,7 @@ figures_root = None
 # %%
 import pandas as pd
 
-from defectlib import params, stages
+from defectlib import params, prepare, stages
 from defectlib.data import audit, layouts, splits
 from defectlib.report import figures, layout, tables
 
@@ -77,7 +77,7 @@ pd.DataFrame(
 # mask. Everything later starts from this table, never from a folder listing.
 
 # %%
-index = stages.read_index(p, s.root)
+index = prepare.read_index(p, s.root)
 faulty = index[index["defect"] != "good"]
 counts = index.groupby("category").agg(images=("id", "size"), parents=("image", "nunique"))
 counts["normals"] = index[index["defect"] == "good"].groupby("category").size()
@@ -125,7 +125,7 @@ pd.DataFrame(rows, columns=["rule", "defect images of MVTec AD", "shots", "held 
 # And the split of the data set at hand:
 
 # %%
-manifest = stages.manifest(p)
+manifest = prepare.manifest(p)
 splits.check(manifest)
 print(f"rule {s.settings.data.split}, profile {p.profile_name}; no image or copy of one is on both sides")
 table = manifest.pivot_table(index=["category", "defect"], columns="side", values="id", aggfunc="count", fill_value=0)

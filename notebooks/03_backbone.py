@@ -87,9 +87,9 @@ figure
 #
 # If $x_0$ is one of $M$ images with equal probability, the minimiser of the diffusion loss is the posterior mean
 # $E[x_0 | x_t] = \sum_i \mathrm{softmax}_i\!\left(-\frac{\|x_t - \sqrt{\bar\alpha_t}\, x_i\|^2}{2(1 - \bar\alpha_t)}\right) x_i$.
-# With nothing but noise it is the mean of all images, and with less noise it picks one. How early it picks is the
-# surprise: an image has thousands of pixels, and together they give it away at levels where the eye sees nothing. The
-# last row of the table is the probability of the image that the noise was added to.
+# With nothing but noise it would be the mean of all images. But this schedule never comes to that: its last level keeps a
+# little signal, an image has thousands of pixels, and together they give it away where the eye sees nothing. The table
+# shows, for each level, the signal that is left and the probability of the image that the noise was added to.
 
 # %%
 few = torch.stack([item.image for item in s.shots()])

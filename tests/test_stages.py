@@ -2,7 +2,7 @@ import shutil
 
 import pytest
 
-from defectlib import images, paths, stages
+from defectlib import images, paths, prepare, stages
 from defectlib.runs import STAGES
 
 
@@ -82,16 +82,16 @@ def test_the_split_is_made_once_and_again_when_the_data_changed(tiny_parameters,
     root = tmp_path / "copy"
     shutil.copytree(tiny_mini, root)
     asked = tiny_parameters.model_copy(update={"data_root": str(root)})
-    first = stages.manifest(asked)
+    first = prepare.manifest(asked)
     file = asked.dataset_folder() / "split_p0.csv"
     stamp = file.stat().st_mtime_ns
-    assert stages.manifest(asked).equals(first) and file.stat().st_mtime_ns == stamp
+    assert prepare.manifest(asked).equals(first) and file.stat().st_mtime_ns == stamp
     s = stages.study(asked)
     removed = root / first[(first["side"] == "test") & (first["defect"] == s.defects[0])].iloc[-1]["image"]
     removed.unlink()
     for mask in root.glob(f"{s.category}/ground_truth/{s.defects[0]}/{removed.stem}*"):
         mask.unlink()
-    assert len(stages.manifest(asked)) == len(first) - 1
+    assert len(prepare.manifest(asked)) == len(first) - 1
 
 
 def test_damaged_data_stop_a_study_before_any_work(tiny_parameters, tiny_mini, tmp_path):

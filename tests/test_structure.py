@@ -15,7 +15,19 @@ from defectlib import batch, params, paths
 
 ROOMS = [
     *("paths", "types", "images", "params", "data", "masks", "backbone", "attention", "diffusion", "training"),
-    *("methods", "sampling", "metrics", "downstream", "runs", "stages", "published", "report", "doctor", "batch"),
+    *(
+        "methods",
+        "sampling",
+        "metrics",
+        "downstream",
+        "prepare",
+        "runs",
+        "stages",
+        "published",
+        "report",
+        "doctor",
+        "batch",
+    ),
     "cli",
 ]
 NOTEBOOKS = sorted(batch.NOTEBOOKS)

@@ -7,14 +7,14 @@ from typing import Any
 
 import pandas as pd
 
-from defectlib import params, paths, stages
+from defectlib import params, paths, prepare, stages
 from defectlib.report import page, tables
 
 
 def manifests(parameters: params.Parameters, categories: list[str], seeds: list[int]) -> pd.DataFrame:
     """The split of the categories of a batch: every partition that its seeds used."""
     partitions = seeds if parameters.settings().data.split == "random_thirds" else seeds[:1]
-    table = pd.concat([stages.manifest(parameters, seed).assign(partition=seed) for seed in partitions])
+    table = pd.concat([prepare.manifest(parameters, seed).assign(partition=seed) for seed in partitions])
     return table[table["category"].isin(categories)]
 
 
