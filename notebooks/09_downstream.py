@@ -65,7 +65,7 @@ scores = scores.astype({"value": float})
 grouped = scores.groupby(["metric", "method"], sort=False)["value"]
 mean, sd = grouped.mean().unstack()[rows], grouped.std().unstack()[rows]
 print(f"mean over {len(s.seeds)} seed(s); the standard deviation follows")
-mean.join(sd, rsuffix=" sd").round(3)
+pd.concat([mean, sd.add_suffix(" sd")], axis=1).round(3)
 
 # %%
 shown = scores[scores["metric"].isin(["accuracy", "f1_macro", "image_auroc", "pixel_auroc", "pixel_ap", "pixel_f1_50"])]

@@ -90,6 +90,7 @@ def test_notebook_is_executed_small_and_clean(name):
     assert [c.execution_count for c in code] == list(range(1, len(code) + 1)), "executed once, in order"
     outputs = [o for c in code for o in c.outputs]
     assert outputs and not [o for o in outputs if o.output_type == "error"]
+    assert not [o.text for o in outputs if o.get("name") == "stderr"], "no warning on the page"
     assert str(paths.ROOT) not in file.read_text(), "no path of the machine that executed it"
 
 
