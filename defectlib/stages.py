@@ -10,6 +10,7 @@ import functools
 import hashlib
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,10 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from defectlib import backbone, params, paths, prepare, runs, sampling
 from defectlib import downstream as models
-from defectlib import params, paths, prepare, runs, sampling
-from defectlib.data import layouts, splits
+from defectlib.backbone import Backbone
+from defectlib.data import splits
 from defectlib.masks import sources
 from defectlib.methods import base
 from defectlib.metrics import quality as quality_metrics
@@ -87,6 +89,10 @@ class Study:
         """Where the run of a method and a seed lives."""
         return RunFolder(self.parameters.dataset_folder() / self.category / method / f"s{seed}")
 
+    def backbone(self, method: str) -> Backbone | None:
+        """The profile's base model, for a method that draws with one."""
+        return backbone.load(self.settings.backbone) if base.get(method).needs_backbone else None
+
     def prompts(self) -> dict[str, str]:
         """Defect -> text prompt."""
         return {d: params.prompt(self.parameters, self.category, d) for d in self.defects}
@@ -140,24 +146,27 @@ def study(parameters: Parameters) -> Study:
 
 
 def figures_folder(parameters: Parameters) -> Path:
-    """Where tables and figures go: ``figures/`` for the built-in benchmark at demo, else beside the runs.
+    """Where notebooks draw and the report writes: beside the runs, unless told otherwise.
 
-    Only a data set whose pixels may be passed on reaches ``figures/``, which is in git.
+    ``figures/``, which is in git, is filled by :func:`defectlib.report.build.report` alone.
     """
-    if parameters.figures_root:
-        return Path(parameters.figures_root)
-    free = parameters.data_root is None and layouts.DATASETS[parameters.dataset].redistributable
-    own = parameters.split is None and parameters.runs_root is None and paths.RUNS == paths.ROOT / "runs"
-    if free and own and parameters.profile_name == "demo":
-        return paths.FIGURES
-    return parameters.dataset_folder() / "figures"
+    return Path(parameters.figures_root or parameters.dataset_folder() / "figures")
 
 
-def results(parameters: Parameters) -> pd.DataFrame:
-    """All results of this profile, split and data set so far, from every notebook and process."""
-    folder = parameters.dataset_folder()
+def results(parameters: Parameters, categories: Sequence[str]) -> pd.DataFrame:
+    """The results so far of these categories, for the methods and seeds asked for; ``shots_only`` is always among them.
+
+    A notebook asks for its own category, so that what it shows does not depend on which others are already done.
+    """
+    settings, folder = parameters.settings(), parameters.dataset_folder()
     found = runs.collect(folder.parents[1], parameters.profile_name, parameters.dataset)
-    return found[found["split"] == parameters.settings().data.split].reset_index(drop=True)
+    asked = (
+        (found["split"] == settings.data.split)
+        & found["category"].isin(categories)
+        & found["method"].isin([SHOTS_ONLY, *(parameters.methods or settings.methods)])
+        & found["seed"].isin(parameters.seeds or settings.seeds)
+    )
+    return found[asked].reset_index(drop=True)
 
 
 def stamp(s: Study) -> str:
@@ -176,14 +185,16 @@ def stamp(s: Study) -> str:
 def fit(s: Study, method: str, seed: int) -> dict[str, Any]:
     """Fit a method on the shots; the record of the stage."""
     config = base.configure(method, s.settings.methods.get(method, {}))
-    values = {"method": method, "config": config.model_dump(), "backbone": s.settings.backbone, "seed": seed}
+    values = {"method": method, "config": config.model_dump(), "seed": seed}
+    if base.get(method).needs_backbone:
+        values |= {"prompts": s.prompts(), "backbone": {s.settings.backbone: backbone.digest(s.settings.backbone)}}
     folder, key = s.folder(method, seed), runs.stage_key(values, [s.data_key(seed)])
     if (record := folder.complete("fit", key)) is not None:
         return record
     with runs.stage(folder, "fit", key, s.identity(method, seed), values, {"split": s.data_key(seed)}) as metrics:
-        fitted = base.get(method)(config)
+        fitted = base.get(method)(config, s.backbone(method))
         clock = time.perf_counter()
-        fitted.fit(s.shots(seed), s.normals(seed), seed=seed, workdir=folder.model)
+        fitted.fit(s.shots(seed), s.normals(seed), prompts=s.prompts(), seed=seed, workdir=folder.model)
         fitted.save(folder.model)
         metrics.append({"metric": "fit_s", "value": time.perf_counter() - clock})
     return folder.record("fit")
@@ -197,7 +208,7 @@ def sample(s: Study, method: str, seed: int, progress: bool = False) -> dict[str
     if (record := folder.complete("sample", key)) is not None:
         return record
     with runs.stage(folder, "sample", key, s.identity(method, seed), values, {"fit": upstream["key"]}) as metrics:
-        fitted = base.get(method).load(folder.model)
+        fitted = base.get(method).load(folder.model, s.backbone(method))
         source = None if fitted.makes_masks else sources.SOURCES[s.settings.sample.mask_source]
         requests = sampling.plan(
             s.shots(seed), s.normals(seed), s.settings.sample.n_per_defect, source, seed, s.prompts(),

@@ -112,7 +112,7 @@ statistics = pd.DataFrame(
     columns=["defect", "source", "area", "components", "elongation"],
 )
 summary = statistics.groupby(["defect", "source"], sort=False).mean().round(3)
-figures.save_data(statistics, folder, f"mask_statistics_{s.category}")
+figures.save_data(statistics, folder, f"fig_2_mask_sources_{s.category}")
 summary
 
 # %% [markdown]

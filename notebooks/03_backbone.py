@@ -64,7 +64,7 @@ schedule = pd.DataFrame({
     "t": steps, "signal": alpha_bar[steps].sqrt(), "noise": (1 - alpha_bar[steps]).sqrt(),
 })  # fmt: skip
 figure = figures.curves(schedule.melt("t", var_name="part", value_name="amplitude"), x="t", y="amplitude", hue="part")
-figures.save(figure, folder, "schedule", schedule)
+figures.save(figure, folder, f"schedule_{s.category}", schedule)
 figure
 
 # %% [markdown]
@@ -79,7 +79,7 @@ levels = [0, 20, 60, 140, 260, 420, 650, 950]
 noise = diffusion.noise_like([0], shot.image.shape)
 noised = [scheduler.add_noise(shot.image[None], noise, torch.tensor([t]))[0].clamp(-1, 1) for t in levels]
 figure = figures.sheet([noised], row_labels=[shot.defect], column_labels=[f"t = {t}" for t in levels])
-figures.save(figure, folder, "dualanodiff_fig_3_noising")
+figures.save(figure, folder, f"dualanodiff_fig_3_noising_{s.category}")
 figure
 
 # %% [markdown]
@@ -101,7 +101,7 @@ figure = figures.sheet(
     row_labels=["x_t", "E[x_0 | x_t]"],
     column_labels=[f"t = {t}" for t in late],
 )
-figures.save(figure, folder, "closed_form_denoiser")
+figures.save(figure, folder, f"closed_form_denoiser_{s.category}")
 figure
 
 # %%
@@ -135,7 +135,7 @@ shown = seen[4::6]
 figure = figures.sheet(
     [[x for _, x in shown]], row_labels=["predicted x_0"], column_labels=[f"{done:.0%}" for done, _ in shown]
 )
-figures.save(figure, folder, "denoising_loop")
+figures.save(figure, folder, f"denoising_loop_{s.category}")
 figure
 
 # %% [markdown]
@@ -145,7 +145,8 @@ figure
 distance = torch.cdist(samples.flatten(1), few.flatten(1)) / samples[0].numel() ** 0.5
 nearest = distance.argmin(1)
 figure = figures.sheet([list(samples.clamp(-1, 1)), list(few[nearest])], row_labels=["sample", "nearest shot"])
-figures.save(figure, folder, "memorisation", pd.DataFrame({"seed": seeds, "rms_to_nearest": distance.min(1).values}))
+distances = pd.DataFrame({"seed": seeds, "rms_to_nearest": distance.min(1).values})
+figures.save(figure, folder, f"memorisation_{s.category}", distances)
 figure
 
 # %% [markdown]

@@ -103,7 +103,7 @@ variants = {
 drawn = {}
 for name, values in variants.items():
     method = crop_paste.CropPaste(base.configure("crop_paste", values))
-    method.fit(shots, normals, seed=0, workdir=p.dataset_folder())
+    method.fit(shots, normals, prompts=s.prompts(), seed=0, workdir=p.dataset_folder())
     drawn[name] = method.sample(requests)
 figure = figures.sheet(
     [[item.image for item in samples] for samples in drawn.values()],

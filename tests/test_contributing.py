@@ -52,7 +52,7 @@ def test_a_data_set_and_a_method_from_outside_run_through_all_stages(tmp_path, s
     assert (study.category, study.defects) == ("bolt", ("dent", "rust"))
     assert stages.quality(study, "shade", 0)["metrics"]
     assert stages.downstream(study, "shade", 0)["metrics"]
-    found = stages.results(study.parameters)
+    found = stages.results(study.parameters, [study.category])
     assert set(found["stage"]) == {"fit", "sample", "quality", "downstream"} and set(found["method"]) == {"shade"}
     drawn = found[found["metric"] == "bad_samples"]["value"]
     assert (drawn == 0).all()

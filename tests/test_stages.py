@@ -1,3 +1,4 @@
+import json
 import shutil
 
 import pytest
@@ -25,7 +26,7 @@ def test_downstream_has_the_shots_only_row(tiny_parameters):
         values = {m["metric"]: m["value"] for m in record["metrics"]}
         assert 0 <= values["accuracy"] <= 1 and 0 <= values["pixel_auroc"] <= 1
     assert not s.folder(stages.SHOTS_ONLY, 0).stage_file("sample").exists()
-    found = stages.results(tiny_parameters)
+    found = stages.results(tiny_parameters, [s.category])
     assert set(found["method"]) == {stages.SHOTS_ONLY, "crop_paste"} and set(found["stage"]) == set(STAGES) - {
         "quality"
     }
@@ -123,12 +124,47 @@ def test_a_missing_data_root_says_how_to_get_it(tiny_parameters):
         stages.study(asked)
 
 
-def test_only_shipped_data_reaches_the_figures_folder(tiny_parameters):
+def test_notebooks_draw_beside_the_runs(tiny_parameters):
     own = tiny_parameters.model_copy(update={"profile": "demo", "data_root": None, "runs_root": None})
-    assert stages.figures_folder(own) == paths.FIGURES
-    for change in ({"dataset": "magnetic_tile"}, {"profile": "smoke"}, {"data_root": "x"}, {"split": "all_shots"}):
-        folder = stages.figures_folder(own.model_copy(update=change))
-        assert paths.FIGURES not in (folder, *folder.parents), change
+    assert stages.figures_folder(own) == paths.RUNS / "demo" / "mini" / "figures"
+    assert stages.figures_folder(own.model_copy(update={"figures_root": "x"})).as_posix() == "x"
+
+
+def test_results_are_those_that_are_asked_for(tiny_parameters):
+    first, second = (f"c{i}" for i in range(2))
+    s = stages.study(tiny_parameters)
+    record = stages.fit(s, "crop_paste", 0)
+    for category, method, seed in ((first, "crop_paste", 0), (second, "crop_paste", 0), (first, "crop_paste", 7),
+                                   (first, "other", 0), (first, stages.SHOTS_ONLY, 0)):  # fmt: skip
+        folder = tiny_parameters.dataset_folder() / category / method / f"s{seed}"
+        paths.write_text(
+            folder / "fit.json", json.dumps(record | {"category": category, "method": method, "seed": seed})
+        )
+
+    def runs_of(categories, **more):
+        found = stages.results(tiny_parameters.model_copy(update=more), categories)
+        return sorted(zip(found["category"], found["method"], found["seed"]))
+
+    assert runs_of([first]) == [("c0", "crop_paste", 0), ("c0", "shots_only", 0)]
+    assert ("c1", "crop_paste", 0) in runs_of([first, second])
+    assert runs_of([first], seeds=[7]) == [("c0", "crop_paste", 7)]
+
+
+def test_a_second_data_root_does_not_replace_the_runs_of_the_first(tiny_parameters, tiny_mini, tmp_path):
+    prepare.manifest(tiny_parameters)
+    mark = tiny_parameters.dataset_folder() / "split_p0.json"
+    before = mark.read_bytes()
+    category = sorted(tiny_mini.iterdir())[0]
+    for other in (tmp_path / "other", category):
+        if other != category:
+            shutil.copytree(category, other / "part")
+        asked = tiny_parameters.model_copy(update={"data_root": str(other)})
+        with pytest.raises(ValueError, match=f"smoke/mini holds the runs on {tiny_mini}, .* DEFECTLIB_RUNS=/path"):
+            prepare.manifest(asked)
+        assert mark.read_bytes() == before
+    moved = tmp_path / "moved"
+    shutil.copytree(tiny_mini, moved)
+    assert len(prepare.manifest(tiny_parameters.model_copy(update={"data_root": str(moved)})))
 
 
 def test_random_thirds_has_a_partition_a_seed(tiny_parameters):

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 from pydantic import ValidationError
 from torch import Tensor
 
+from defectlib.backbone import Backbone
 from defectlib.params import Strict
 from defectlib.types import Request, Sample, Shot
 
@@ -28,18 +29,22 @@ class Method(Protocol):
         scope: What one fit covers.
         makes_masks: True where the method draws its own mask and ignores ``Request.mask``.
         preserves_background: True where pixels outside the sample's mask equal the normal's exactly.
+        needs_backbone: True where it draws with a base model.
     """
 
     Config: ClassVar[type[MethodConfig]]
     scope: ClassVar[Literal["category", "defect", "dataset"]]
     makes_masks: ClassVar[bool]
     preserves_background: ClassVar[bool]
+    needs_backbone: ClassVar[bool]
 
-    def __init__(self, config: MethodConfig, backbone: Any = None) -> None:
-        """Set up with a configuration and, where the method needs one, a backbone."""
+    def __init__(self, config: MethodConfig, backbone: Backbone | None = None) -> None:
+        """Set up with a configuration and, where the method needs one, a base model."""
 
-    def fit(self, shots: Sequence[Shot], normals: Sequence[Tensor], *, seed: int, workdir: Path) -> None:
-        """Learn from real pairs and normals; a killed fit continues from what it left in ``workdir``."""
+    def fit(
+        self, shots: Sequence[Shot], normals: Sequence[Tensor], *, prompts: dict[str, str], seed: int, workdir: Path
+    ) -> None:
+        """Learn from real pairs, their prompts (defect -> text) and normals; a killed fit goes on from ``workdir``."""
 
     def sample(self, requests: Sequence[Request]) -> list[Sample]:
         """Draw one sample a request, in order. A sample depends on its request (and its group) alone."""
@@ -48,11 +53,14 @@ class Method(Protocol):
         """Write what was fitted: safetensors and JSON only."""
 
     @classmethod
-    def load(cls, folder: Path, backbone: Any = None) -> Method:
+    def load(cls, folder: Path, backbone: Backbone | None = None) -> Method:
         """Read what :meth:`save` wrote."""
 
 
-PROMISED = ("Config", "scope", "makes_masks", "preserves_background", "fit", "sample", "save", "load")
+PROMISED = (
+    *("Config", "scope", "makes_masks", "preserves_background", "needs_backbone"),
+    *("fit", "sample", "save", "load"),
+)
 _REGISTRY: dict[str, type[Method]] = {}
 
 

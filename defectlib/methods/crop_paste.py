@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +19,7 @@ from scipy.ndimage import distance_transform_edt
 from torch import Tensor
 
 from defectlib import paths
+from defectlib.backbone import Backbone
 from defectlib.masks.random import affine_crop, at, centred, place, windows
 from defectlib.masks.trimap import foreground
 from defectlib.methods.base import MethodConfig, register
@@ -65,13 +65,16 @@ class CropPaste:
     scope = "category"
     makes_masks = True
     preserves_background = True
+    needs_backbone = False
 
-    def __init__(self, config: CropPasteConfig, backbone: Any = None) -> None:
+    def __init__(self, config: CropPasteConfig, backbone: Backbone | None = None) -> None:
         self.config = config
         self.shots: list[Shot] = []
 
-    def fit(self, shots: Sequence[Shot], normals: Sequence[Tensor], *, seed: int, workdir: Path) -> None:
-        """Keep the shots; nothing is learned, so ``seed`` changes nothing."""
+    def fit(
+        self, shots: Sequence[Shot], normals: Sequence[Tensor], *, prompts: dict[str, str], seed: int, workdir: Path
+    ) -> None:
+        """Keep the shots; nothing is learned, so ``prompts`` and ``seed`` change nothing."""
         if not shots:
             raise ValueError("Crop-Paste needs at least one shot: it has nothing to cut out")
         self.shots = list(shots)
@@ -118,7 +121,7 @@ class CropPaste:
         )
 
     @classmethod
-    def load(cls, folder: Path, backbone: Any = None) -> CropPaste:
+    def load(cls, folder: Path, backbone: Backbone | None = None) -> CropPaste:
         """Read what :meth:`save` wrote."""
         described = json.loads((folder / "method.json").read_text())
         tensors = load_file(folder / "shots.safetensors")

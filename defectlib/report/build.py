@@ -1,4 +1,4 @@
-"""From stage files to ``figures/``: every table, the long results, and the page."""
+"""From stage files to every table, the long results and the page; and from there to ``figures/``, which is in git."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from defectlib import params, paths, prepare, stages
-from defectlib.report import page, tables
+from defectlib.report import page, page_parts, tables
 
 
 def manifests(parameters: params.Parameters, categories: list[str], seeds: list[int]) -> pd.DataFrame:
@@ -18,6 +18,26 @@ def manifests(parameters: params.Parameters, categories: list[str], seeds: list[
     return table[table["category"].isin(categories)]
 
 
+def is_shipped(parameters: params.Parameters, categories: list[str]) -> bool:
+    """Whether ``figures/`` shows this batch: ``mini`` at demo, whole, with nothing else asked for.
+
+    No other pixels may be passed on, and a part of the batch would leave a mixture in git.
+    """
+    default = params.Parameters(profile="demo")
+    own_runs = paths.RUNS == paths.ROOT / "runs"
+    return own_runs and parameters == default and categories == prepare.categories(default)
+
+
+def publish(folder: Path, stems: list[str]) -> None:
+    """Copy tables and pictures to ``figures/``.
+
+    The page and the long results stay with the runs: they hold commits and times, which differ from run to run.
+    """
+    for stem in stems:
+        for file in folder.glob(f"{stem}.*"):
+            paths.write_bytes(paths.FIGURES / file.name, file.read_bytes())
+
+
 def report(batch: dict[str, Any]) -> Path:
     """Tables (csv, md, tex), ``results.csv`` and ``report.html`` for one batch; returns the page.
 
@@ -25,13 +45,16 @@ def report(batch: dict[str, Any]) -> Path:
         batch: The content of ``batch.json``: ``parameters`` and ``categories``.
     """
     parameters = params.validate(batch["parameters"], "batch.json")
+    categories = batch["categories"]
     folder = stages.figures_folder(parameters)
-    results = stages.results(parameters)
-    results = results[results["category"].isin(batch["categories"])]
+    results = stages.results(parameters, categories)
     seeds = parameters.seeds or parameters.settings().seeds
-    split = manifests(parameters, batch["categories"], seeds)
+    split = manifests(parameters, categories, seeds)
     built = {name: tables.build(results, name, manifests=split) for name in tables.NAMES}
     for name, table in built.items():
         tables.write(table, folder, name)
     paths.write_text(folder / "results.csv", results.to_csv(index=False))
-    return page.write_page(folder, built, results, runs_root=parameters.dataset_folder().parents[1])
+    pictures = {s: text for s, text in page_parts.captions(categories).items() if (folder / f"{s}.png").is_file()}
+    if is_shipped(parameters, categories):
+        publish(folder, [*built, *pictures])
+    return page.write_page(folder, built, results, pictures, parameters.dataset_folder().parents[1])

@@ -55,9 +55,7 @@ overlay = _styled(sheets.overlay)
 
 
 @_styled
-def save(
-    figure: Figure, folder: Path | str, stem: str, data: pd.DataFrame | None = None, caption: str | None = None
-) -> list[Path]:
+def save(figure: Figure, folder: Path | str, stem: str, data: pd.DataFrame | None = None) -> list[Path]:
     """Write ``<stem>.pdf``, ``<stem>.png`` (200 dpi) and, with ``data``, ``<stem>.csv``; the same bytes each time.
 
     Args:
@@ -65,12 +63,11 @@ def save(
         folder: Where; created if missing.
         stem: File name without suffix.
         data: The plotted numbers.
-        caption: Stored in the PNG, from where the page takes it.
     """
     drawn = io.BytesIO()
     figure.savefig(drawn, format="pdf", metadata={"CreationDate": None, "ModDate": None}, dpi=PNG_DPI)
     written = [Path(folder) / f"{stem}.{suffix}" for suffix in ("pdf", "png")]
-    for target, content in zip(written, (drawn.getvalue(), sheets.png(figure, PNG_DPI, caption))):
+    for target, content in zip(written, (drawn.getvalue(), sheets.png(figure, PNG_DPI))):
         paths.write_bytes(target, content)
     return written if data is None else [*written, save_data(data, folder, stem)]
 

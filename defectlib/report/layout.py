@@ -125,7 +125,14 @@ def blocks(table: pd.DataFrame) -> list[Block]:
 
 def view(table: pd.DataFrame) -> Styler:
     """A built table for a notebook: what was run here, or the published table where nothing was."""
-    return blocks(table)[0].cells.style.hide(axis="index").set_uuid(table.attrs["name"])  # no random id
+    return labelled_once(blocks(table)[0]).style.hide(axis="index").set_uuid(table.attrs["name"])  # no random id
+
+
+def labelled_once(block: Block) -> pd.DataFrame:
+    """The cells of a block, without row headings that repeat those of the row above."""
+    headings = block.cells.iloc[:, : block.labels]
+    again = headings.eq(headings.shift()).cummin(axis=1)
+    return block.cells.assign(**headings.mask(again, ""))
 
 
 def legend(table: pd.DataFrame) -> dict[str, str]:
@@ -200,7 +207,7 @@ def markdown(table: pd.DataFrame) -> str:
         names = list(block.cells.columns)
         numeric = [i >= block.labels and name != "Why not comparable" for i, name in enumerate(names)]
         rule = "| " + " | ".join("---:" if right else "---" for right in numeric) + " |"
-        rows = [line(list(row)) for row in block.cells.itertuples(index=False, name=None)]
+        rows = [line(list(row)) for row in labelled_once(block).itertuples(index=False, name=None)]
         parts += [f"**{_markdown_text(block.title)}**", "\n".join([line(names), rule, *rows])]
         if block.reproduced and legend(table):
             parts.append("\n".join(f"* `{code}`: {words}" for code, words in legend(table).items()))
@@ -218,7 +225,7 @@ def latex(table: pd.DataFrame) -> str:
     floats = [f"% {table.attrs['name']}: needs \\usepackage{{booktabs}}; UTF-8"]
     pieces = [piece for block in blocks(table) for piece in _pages(block)]
     for i, block in enumerate(pieces):
-        cells = block.cells.map(latex_text)
+        cells = labelled_once(block).map(latex_text)
         cells.columns = [latex_text(name) for name in block.cells.columns]
         last = block.cells.columns[-1] == "Why not comparable"
         columns = "l" * block.labels + "r" * (cells.shape[1] - block.labels - last) + (r"p{48mm}" if last else "")

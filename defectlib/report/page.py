@@ -18,7 +18,7 @@ from PIL import Image
 from defectlib import paths, published
 from defectlib.report import layout
 from defectlib.report.layout import Block
-from defectlib.report.page_parts import CAPTIONS, READING, STYLE
+from defectlib.report.page_parts import READING, STYLE
 
 TITLE = "Few-shot industrial defect image generation, reproduced"
 # Longer blocks show their averages first and fold the rest.
@@ -30,7 +30,7 @@ def write_page(
     folder: Path | str,
     tables: Mapping[str, pd.DataFrame],
     results: pd.DataFrame,
-    figures: Mapping[str, str] | None = None,
+    figures: Mapping[str, str],
     runs_root: Path | str | None = None,
 ) -> Path:
     """Write ``folder/report.html`` and return its path.
@@ -39,8 +39,7 @@ def write_page(
         folder: Where the page goes, and where the pictures lie.
         tables: Name -> built table, in order.
         results: Rows of ``runs.collect()`` that the page is about; may be empty.
-        figures: Stem -> caption of the PNG files in ``folder`` to show; None shows all there are, with the caption
-            stored in the file or the one known for its stem.
+        figures: Stem -> caption of the PNG files in ``folder`` to show, in order; others that lie there are not shown.
         runs_root: The runs folder; given, the run stamps also show the package versions from the stage files.
 
     Raises:
@@ -209,36 +208,12 @@ def _numeric(block: Block, i: int) -> str:
     return ' class="n"' if i >= block.labels and block.cells.columns[i] != "Why not comparable" else ""
 
 
-def _pictures(folder: Path, figures: Mapping[str, str] | None) -> list[tuple[Path, str]]:
+def _pictures(folder: Path, figures: Mapping[str, str]) -> list[tuple[Path, str]]:
     """PNG files and captions in page order."""
-    if figures is not None:
-        missing = [stem for stem in figures if not (folder / f"{stem}.png").is_file()]
-        if missing:
-            raise FileNotFoundError(f"{folder / missing[0]}.png does not exist: save the figure before the page")
-        return [(folder / f"{stem}.png", text) for stem, text in figures.items()]
-    prefixes = list(CAPTIONS)
-
-    def place(path: Path) -> tuple[int, str]:
-        known = _known(path.stem)
-        return (prefixes.index(known) if known else len(prefixes), path.stem)
-
-    return [(path, _caption(path)) for path in sorted(folder.glob("*.png"), key=place)]
-
-
-def _known(stem: str) -> str | None:
-    """The entry of ``CAPTIONS`` that a stem begins with, whole words only; the longest if several."""
-    found = [name for name in CAPTIONS if stem == name or stem.startswith(f"{name}_")]
-    return max(found, key=len) if found else None
-
-
-def _caption(path: Path) -> str:
-    with Image.open(path) as image:
-        stored = image.info.get("Description")
-    known = _known(path.stem)
-    if stored or known is None:
-        return stored or path.stem.replace("_", " ").capitalize() + "."
-    rest = path.stem.removeprefix(known).strip("_")
-    return f"{CAPTIONS[known].rstrip('.')} ({rest})." if rest else CAPTIONS[known]
+    missing = [stem for stem in figures if not (folder / f"{stem}.png").is_file()]
+    if missing:
+        raise FileNotFoundError(f"{folder / missing[0]}.png does not exist: save the figure before the page")
+    return [(folder / f"{stem}.png", text) for stem, text in figures.items()]
 
 
 def _picture(path: Path, caption: str) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-# Stem of a picture -> what it shows; the stem may go on with the category. The order is the order on the page.
+from collections.abc import Sequence
+
+# Picture -> what it shows; its file is <picture>_<category>. The order is the order on the page.
 CAPTIONS = {
     "fig_3_generated": "Real, mask, generated, as in DefectSynth Figs. 3 and 4: every defect's real images with "
     "outlined masks, the drawn masks, and what each method drew for them.",
@@ -25,6 +27,21 @@ CAPTIONS = {
     "denoising_loop": "The denoising loop: the predicted image along the way.",
     "memorisation": "What a perfect denoiser of a small set draws: each sample beside its nearest shot.",
 }  # fmt: skip
+# Drawn by the notebooks whose unit is a data set: for the first category of a batch only.
+OF_FIRST_CATEGORY = frozenset({
+    "fig_1_starting_point", "mask_area", "crop_paste_steps", "crop_paste_on_off", "schedule",
+    "dualanodiff_fig_3_noising", "closed_form_denoiser", "denoising_loop", "memorisation",
+})  # fmt: skip
+
+
+def captions(categories: Sequence[str]) -> dict[str, str]:
+    """Stem -> caption of the pictures of a batch over these categories, in page order."""
+    return {
+        f"{picture}_{category}": f"{text.rstrip('.')} ({category})."
+        for picture, text in CAPTIONS.items()
+        for category in (categories[:1] if picture in OF_FIRST_CATEGORY else categories)
+    }
+
 
 READING = (
     "How to read the tables: a cell that was not run is empty. <b>Reproduced</b> is a mean over seeds with its "

@@ -18,7 +18,6 @@ from matplotlib.font_manager import FontProperties
 from matplotlib.patches import Rectangle
 from matplotlib.textpath import TextPath
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from defectlib import images
@@ -41,16 +40,13 @@ class Picture(Figure):
         return png(self, DPI)
 
 
-def png(figure: Figure, dpi: int, caption: str | None = None) -> bytes:
-    """A figure as PNG in at most 256 colours, without dates; ``caption`` is stored as its Description."""
+def png(figure: Figure, dpi: int) -> bytes:
+    """A figure as PNG in at most 256 colours, without dates."""
     drawn, shown = io.BytesIO(), io.BytesIO()
     figure.savefig(drawn, format="png", dpi=dpi)
-    text = PngInfo()
-    if caption:
-        text.add_itxt("Description", caption)
     with Image.open(drawn) as picture:
         few = picture.convert("RGB").quantize(256, Image.Quantize.MEDIANCUT)
-        few.save(shown, format="png", optimize=True, dpi=(dpi, dpi), pnginfo=text)
+        few.save(shown, format="png", optimize=True, dpi=(dpi, dpi))
     return shown.getvalue()
 
 

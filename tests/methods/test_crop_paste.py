@@ -52,19 +52,19 @@ def draw(method, normal, seeds):
 
 def test_defects_lie_on_the_object():
     method = crop_paste.CropPaste(base.configure("crop_paste", {}))
-    method.fit([shot_on(64, (20, 30, 20, 26))], [], seed=0, workdir=None)
+    method.fit([shot_on(64, (20, 30, 20, 26))], [], prompts={}, seed=0, workdir=None)
     normal = disc(64, 20)
     inside = torch.from_numpy(np.hypot(*(np.mgrid[:64, :64] - 32)) < 22)
     samples = draw(method, normal, range(12))
     assert all(s.mask.any() and not (s.mask[0] & ~inside).any() for s in samples)
     anywhere = crop_paste.CropPaste(base.configure("crop_paste", {"inside_foreground": False}))
-    anywhere.fit([shot_on(64, (20, 30, 20, 26))], [], seed=0, workdir=None)
+    anywhere.fit([shot_on(64, (20, 30, 20, 26))], [], prompts={}, seed=0, workdir=None)
     assert any((s.mask[0] & ~inside).any() for s in draw(anywhere, normal, range(12))), "the rule is what keeps them in"
 
 
 def test_a_defect_larger_than_the_object_is_cut_to_it():
     method = crop_paste.CropPaste(base.configure("crop_paste", {}))
-    method.fit([shot_on(64, (4, 60, 4, 60))], [], seed=0, workdir=None)
+    method.fit([shot_on(64, (4, 60, 4, 60))], [], prompts={}, seed=0, workdir=None)
     normal = disc(64, 16)
     (sample,) = draw(method, normal, [0])
     assert sample.mask.any() and sample.mask.sum() < 1200
@@ -75,7 +75,7 @@ def test_without_turns_the_patch_is_the_shots_own():
     still = {"rotate": 0.0, "scale_low": 1.0, "scale_high": 1.0, "flip": False, "inside_foreground": False}
     shot = shot_on(32, (5, 9, 7, 18))
     method = crop_paste.CropPaste(base.configure("crop_paste", still))
-    method.fit([shot], [], seed=0, workdir=None)
+    method.fit([shot], [], prompts={}, seed=0, workdir=None)
     for sample in draw(method, torch.full((3, 32, 32), -0.5), range(4)):
         ys, xs = torch.nonzero(sample.mask[0], as_tuple=True)
         assert (ys.max() - ys.min() + 1, xs.max() - xs.min() + 1) == (4, 11) and sample.mask.sum() == 44

@@ -163,16 +163,13 @@ def test_saved_files_are_byte_stable(tmp_path, monkeypatch):
     again = charts()
     for stem, figure in charts().items():
         data = pd.DataFrame({"x": [1 / 3]})
-        files = figures.save(figure, tmp_path, stem, data, caption="What it shows")
+        files = figures.save(figure, tmp_path, stem, data)
         assert [f.suffix for f in files] == [".pdf", ".png", ".csv"]
         before = [f.read_bytes() for f in files]
         monkeypatch.setenv("TZ", "Asia/Tokyo")
-        assert [
-            f.read_bytes() for f in figures.save(again[stem], tmp_path, stem, data, caption="What it shows")
-        ] == before
+        assert [f.read_bytes() for f in figures.save(again[stem], tmp_path, stem, data)] == before
         assert b"CreationDate" not in before[0] and b"/Type3" not in before[0]
         with Image.open(files[1]) as png:
-            assert png.info["Description"] == "What it shows"
             assert png.info["dpi"][0] == pytest.approx(200, abs=0.1)
     assert (tmp_path / "sheet.csv").read_text() == "x\n0.3333333333\n"
 

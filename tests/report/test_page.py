@@ -68,50 +68,51 @@ def parsed(path):
 
 def test_page_is_whole_and_self_contained(tmp_path):
     figure = figures.sheet([[torch.zeros(3, 8, 8)]])
-    figures.save(figure, tmp_path, "fig_3_generated_nut")
-    figures.save(figure, tmp_path, "odd_one", caption="An <odd> picture")
-    target = page.write_page(tmp_path, built(results()), results())
+    shown = {"fig_3_generated_nut": "Real, mask, generated", "odd_one": "An <odd> picture"}
+    for stem in (*shown, "fig_3_generated_gear"):
+        figures.save(figure, tmp_path, stem)
+    target = page.write_page(tmp_path, built(results()), results(), shown)
     assert target == tmp_path / "report.html"
     found = parsed(target)
     assert len(found.ids) == len(set(found.ids))
     for link in found.links:
         assert link.startswith("data:image/png;base64,") or link.removeprefix("#") in found.ids
     assert "script" not in found.tags and "http" not in re.sub(r"base64,[^\"]*", "", target.read_text())
-    assert found.tags.count("img") == 2
+    assert found.tags.count("img") == 2 and "fig_3_generated_gear" not in found.ids, "named pictures only"
     text = " ".join(found.text)
     assert "An <odd> picture" in text and "Real, mask, generated" in text
     assert {f"table_{i}" for i in range(1, 11)} | {"headline", "pictures", "runs"} <= set(found.ids)
     before = target.read_bytes()
-    assert page.write_page(tmp_path, built(results()), results()).read_bytes() == before
+    assert page.write_page(tmp_path, built(results()), results(), shown).read_bytes() == before
 
 
 def test_page_without_runs_or_pictures(tmp_path):
     nothing = results().iloc[:0]
-    text = " ".join(parsed(page.write_page(tmp_path, built(nothing), nothing)).text)
+    text = " ".join(parsed(page.write_page(tmp_path, built(nothing), nothing, {})).text)
     assert "every number below is a published one" in text and "127.16" in text and "No runs." in text
 
 
 def test_user_text_is_escaped(tmp_path):
     frame = results(category="<b>&nut", device='"<script>')
-    text = page.write_page(tmp_path, built(frame), frame).read_text()
+    text = page.write_page(tmp_path, built(frame), frame, {}).read_text()
     assert "<script" not in text and "&lt;b&gt;&amp;nut" in text
 
 
 def test_numbers_and_reasons_are_on_the_page(tmp_path):
-    text = " ".join(parsed(page.write_page(tmp_path, built(results()), results())).text)
+    text = " ".join(parsed(page.write_page(tmp_path, built(results()), results(), {})).text)
     assert "105.0 ± 7.1 (2)" in text and "partly withheld" in text and "code had uncommitted changes" in text
     assert "abcabcabcabc + changes" in text
 
 
 def test_long_tables_show_averages_first(tmp_path):
     frame = pd.concat([results(category=f"c{i}") for i in range(30)])
-    text = page.write_page(tmp_path, built(frame), frame).read_text()
+    text = page.write_page(tmp_path, built(frame), frame, {}).read_text()
     assert "average over categories" in text and "rows, by category</summary>" in text
 
 
 def test_named_pictures_must_exist(tmp_path):
     with pytest.raises(FileNotFoundError, match="missing.png does not exist: save the figure"):
-        page.write_page(tmp_path, {}, results(), figures={"missing": "x"})
+        page.write_page(tmp_path, {}, results(), {"missing": "x"})
 
 
 def test_versions_come_from_the_stage_files(tmp_path):
@@ -119,7 +120,7 @@ def test_versions_come_from_the_stage_files(tmp_path):
         file = tmp_path / "runs" / path
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps({"python": "3.11.9", "versions": {"torch": "2.15.0"}}))
-    text = " ".join(parsed(page.write_page(tmp_path, {}, results(), runs_root=tmp_path / "runs")).text)
+    text = " ".join(parsed(page.write_page(tmp_path, {}, results(), {}, tmp_path / "runs")).text)
     assert re.search(r"4 stages\s+ran with .*torch 2\.15\.0", text)
 
 

@@ -272,6 +272,17 @@ def test_written_files(tmp_path):
     assert latex.count(r"\toprule") == latex.count(r"\bottomrule") == latex.count(r"\begin{table}") == 4
 
 
+def test_a_row_does_not_repeat_the_labels_above_it():
+    rows = [{"category": c, "metric": m} for c in ("nut", "gear") for m in ("tiny-kid", "tiny-is")]
+    text = layout.markdown(tables.build(frame(*rows), "table_2"))
+    labels = [line.split("|")[1:3] for line in text.splitlines() if "(tiny)" in line]
+    assert [[cell.strip() for cell in row] for row in labels] == [
+        ["gear", "Crop-Paste"], ["", ""], ["nut", "Crop-Paste"], ["", ""], ["average", "Crop-Paste"], ["", ""]
+    ]  # fmt: skip
+    block = layout.Block("x", pd.DataFrame({"a": ["p", "q"], "b": ["s", "s"], "n": ["1", "1"]}), 2, True)
+    assert layout.labelled_once(block).equals(block.cells), "the same word below another heading stays"
+
+
 def test_published_tables_stand_as_the_paper_prints_them():
     (tire,) = layout.blocks(tables.build(None, "table_10"))
     assert list(tire.cells.columns) == ["Metric", "w/o augmentation", "DefectSynth"]

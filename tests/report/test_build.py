@@ -1,0 +1,83 @@
+"""The report of a batch: its own numbers and pictures, and what of it reaches ``figures/``, which is in git."""
+
+import re
+
+import pytest
+import torch
+
+from defectlib import batch, params, paths, stages
+from defectlib.report import build, figures, page_parts, tables
+
+DEFAULT = params.Parameters(profile="demo")
+
+
+@pytest.fixture
+def figures_in_git(tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "FIGURES", tmp_path / "in_git")
+    return tmp_path / "in_git"
+
+
+def drawn(folder, *stems):
+    for stem in stems:
+        figures.save(figures.sheet([[torch.zeros(3, 8, 8)]]), folder, stem)
+
+
+def reported(parameters):
+    """The page of a batch over the first category, in whose folder an earlier batch left pictures."""
+    s = stages.study(parameters)
+    folder = stages.figures_folder(parameters)
+    drawn(folder, f"kid_spread_{s.category}", f"kid_spread_big_{s.category}", "kid_spread_spoon", "confusion")
+    values = {"parameters": parameters.model_dump(exclude_none=True), "categories": [s.category]}
+    return s.category, build.report(values)
+
+
+def test_the_page_shows_the_pictures_of_its_batch_only(tiny_parameters, figures_in_git):
+    category, page = reported(tiny_parameters)
+    assert re.findall(r'<figure id="(\w+)"', page.read_text()) == [f"kid_spread_{category}"]
+    assert page.parent == tiny_parameters.dataset_folder() / "figures"
+    assert {f"{name}.md" for name in tables.NAMES} | {"results.csv"} <= {file.name for file in page.parent.iterdir()}
+    assert not figures_in_git.exists()
+
+
+def test_the_shipped_batch_is_copied_without_commits_and_times(tiny_parameters, figures_in_git, monkeypatch):
+    monkeypatch.setattr(build, "is_shipped", lambda parameters, categories: True)
+    category, page = reported(tiny_parameters)
+    tabled = {f"{name}.{suffix}" for name in tables.NAMES for suffix in ("csv", "md", "tex")}
+    pictured = {f"kid_spread_{category}.{suffix}" for suffix in ("pdf", "png")}
+    assert {file.name for file in figures_in_git.iterdir()} == tabled | pictured
+    assert all(file.read_bytes() == (page.parent / file.name).read_bytes() for file in figures_in_git.iterdir())
+
+
+def test_only_the_whole_default_batch_on_mini_at_demo_is_shipped(monkeypatch):
+    monkeypatch.setattr(build.prepare, "categories", lambda parameters: ["brick", "gear"])
+    monkeypatch.setattr(paths, "RUNS", paths.ROOT / "runs")
+    given = params.validate(DEFAULT.model_dump(exclude_none=True))
+    assert build.is_shipped(given, ["brick", "gear"])
+    assert not build.is_shipped(given, ["brick"]) and not build.is_shipped(given, ["brick", "gear", "nut"])
+    for change in (
+        {"profile": "smoke"}, {"dataset": "magnetic_tile"}, {"data_root": "x"}, {"split": "all_shots"}, {"seeds": [0]},
+        {"methods": ["crop_paste"]}, {"tiles": "auto"}, {"grid": "full"}, {"runs_root": "x"}, {"figures_root": "x"},
+    ):  # fmt: skip
+        assert not build.is_shipped(given.model_copy(update=change), ["brick", "gear"]), change
+    monkeypatch.setattr(paths, "RUNS", paths.ROOT / "elsewhere")
+    assert not build.is_shipped(given, ["brick", "gear"])
+
+
+def test_captions_name_the_pictures_that_the_notebooks_draw():
+    """A picture without a caption would never be shown, and one whose name lacks the category could be another's."""
+    units = {}
+    for name, (unit, _, _) in batch.NOTEBOOKS.items():
+        text = (paths.NOTEBOOKS / f"{name}.py").read_text()
+        saved = re.findall(r'figures\.save(?:_data)?\(\w+, folder, f"(\w+)_\{s\.category\}"', text)
+        assert len(saved) == text.count("figures.save"), name
+        assert "tables.write" not in text, "the report alone writes tables"
+        units |= dict.fromkeys(saved, unit)
+    assert set(units) == set(page_parts.CAPTIONS)
+    assert {stem for stem, unit in units.items() if unit == "dataset"} == page_parts.OF_FIRST_CATEGORY
+    shown = page_parts.captions(["brick", "gear"])
+    assert {"memorisation_brick", "confusion_brick", "confusion_gear"} < set(shown) and "memorisation_gear" not in shown
+
+
+def test_figures_in_git_are_those_the_report_copies():
+    stem = re.compile("|".join([*tables.NAMES, *(rf"{name}_\w+" for name in page_parts.CAPTIONS)]))
+    assert not [file.name for file in paths.FIGURES.iterdir() if not stem.fullmatch(file.stem)]
