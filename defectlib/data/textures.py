@@ -22,12 +22,12 @@ Rng = np.random.Generator
 SIZE = 64
 
 
-def _unit(field: Array) -> Array:
+def unit(field: Array) -> Array:
     """Stretch to mean 0.5 and standard deviation 0.22, clipped to [0, 1]."""
     return np.clip(0.5 + 0.22 * (field - field.mean()) / (field.std() + 1e-9), 0, 1)
 
 
-def _noise(rng: Rng, n: int, sigma_y: float, sigma_x: float, turn: float = 0.0) -> Array:
+def noise(rng: Rng, n: int, sigma_y: float, sigma_x: float, turn: float = 0.0) -> Array:
     """White noise under a Gaussian filter of the given widths in px, its axes turned; periodic, made in one FFT."""
     fy, fx = np.fft.fftfreq(n)[:, None], np.fft.rfftfreq(n)[None]
     gy, gx = fy * np.cos(turn) - fx * np.sin(turn), fy * np.sin(turn) + fx * np.cos(turn)
@@ -36,7 +36,7 @@ def _noise(rng: Rng, n: int, sigma_y: float, sigma_x: float, turn: float = 0.0) 
     return field / (field.std() + 1e-9)
 
 
-def _fractal(rng: Rng, n: int, slope: float) -> Array:
+def fractal(rng: Rng, n: int, slope: float) -> Array:
     """Noise whose amplitude falls with frequency to the power ``slope``; mean 0, variance 1."""
     f = np.hypot(np.fft.fftfreq(n)[:, None], np.fft.rfftfreq(n)[None])
     f[0, 0] = 1.0
@@ -46,43 +46,43 @@ def _fractal(rng: Rng, n: int, slope: float) -> Array:
     return field / field.std()
 
 
-def _grid(rng: Rng, n: int, pitch: float, turn: float | None = None, warp: float = 0.4) -> tuple[Array, Array]:
+def grid(rng: Rng, n: int, pitch: float, turn: float | None = None, warp: float = 0.4) -> tuple[Array, Array]:
     """Coordinates (u, v) in units of ``pitch`` px, turned, shifted at random and bent by up to about ``warp`` px."""
     turn = rng.uniform(0, np.pi) if turn is None else turn
     y, x = np.mgrid[:n, :n] - (n - 1) / 2
-    y = y + warp * _noise(rng, n, 9, 9)
-    x = x + warp * _noise(rng, n, 9, 9)
+    y = y + warp * noise(rng, n, 9, 9)
+    x = x + warp * noise(rng, n, 9, 9)
     du, dv = rng.uniform(0, 8, 2)
     u = (x * np.cos(turn) + y * np.sin(turn)) / pitch + du
     v = (-x * np.sin(turn) + y * np.cos(turn)) / pitch + dv
     return u, v
 
 
-def _step(field: Array, soft: float) -> Array:
+def step(field: Array, soft: float) -> Array:
     """A soft step at 0: 0 below ``-soft``, 1 above ``soft``."""
     return np.clip(0.5 + field / (2 * soft), 0, 1)
 
 
-def _wave(u: Array, sharp: float) -> Array:
+def wave(u: Array, sharp: float) -> Array:
     """A wave of period 1 in [0, 1], from a sine (``sharp`` 1) towards a square."""
     return 0.5 + 0.5 * np.tanh(sharp * np.sin(2 * np.pi * u)) / np.tanh(sharp)
 
 
 def clouds(rng: Rng, n: int) -> Array:
     """Fractal noise, strongest at low frequencies."""
-    return _unit(_fractal(rng, n, rng.uniform(1.4, 2.2)))
+    return unit(fractal(rng, n, rng.uniform(1.4, 2.2)))
 
 
 def grain(rng: Rng, n: int) -> Array:
     """Fine isotropic grain, as of a blasted or cast surface."""
     sigma = rng.uniform(0.4, 1.3)
-    return _unit(_noise(rng, n, sigma, sigma) + 0.3 * _noise(rng, n, 8, 8))
+    return unit(noise(rng, n, sigma, sigma) + 0.3 * noise(rng, n, 8, 8))
 
 
 def _brushed(rng: Rng, n: int, turn: float) -> Array:
     long, fine = rng.uniform(10, 30), rng.uniform(0.3, 0.9)
     turn = turn + rng.uniform(-0.2, 0.2)
-    return _unit(_noise(rng, n, fine, long, turn) + 0.5 * _noise(rng, n, 3 * fine, long, turn))
+    return unit(noise(rng, n, fine, long, turn) + 0.5 * noise(rng, n, 3 * fine, long, turn))
 
 
 def brushed_across(rng: Rng, n: int) -> Array:
@@ -97,35 +97,35 @@ def brushed_along(rng: Rng, n: int) -> Array:
 
 def stripes_fine(rng: Rng, n: int) -> Array:
     """Stripes of 3 to 6 px in any direction."""
-    u, _ = _grid(rng, n, rng.uniform(3, 6))
-    return _wave(u, rng.uniform(0.5, 3))
+    u, _ = grid(rng, n, rng.uniform(3, 6))
+    return wave(u, rng.uniform(0.5, 3))
 
 
 def stripes_coarse(rng: Rng, n: int) -> Array:
     """Stripes of 10 to 24 px in any direction."""
-    u, _ = _grid(rng, n, rng.uniform(10, 24), warp=1.0)
-    return _wave(u, rng.uniform(0.5, 4))
+    u, _ = grid(rng, n, rng.uniform(10, 24), warp=1.0)
+    return wave(u, rng.uniform(0.5, 4))
 
 
 def checker(rng: Rng, n: int) -> Array:
     """A chess board of 5 to 14 px squares."""
-    u, v = _grid(rng, n, 2 * rng.uniform(5, 14))
+    u, v = grid(rng, n, 2 * rng.uniform(5, 14))
     return 0.5 + 0.5 * np.tanh(6 * np.sin(2 * np.pi * u) * np.sin(2 * np.pi * v))
 
 
 def tiles(rng: Rng, n: int) -> Array:
     """Square tiles in line, each of its own tone, with joints."""
     pitch, joint = rng.uniform(10, 26), rng.uniform(0.7, 1.6)
-    u, v = _grid(rng, n, pitch, turn=rng.uniform(-0.3, 0.3))
+    u, v = grid(rng, n, pitch, turn=rng.uniform(-0.3, 0.3))
     tones = rng.uniform(0.45, 1, (97, 89))
     face = tones[np.floor(u).astype(int) % 97, np.floor(v).astype(int) % 89]
     edge = np.minimum(np.abs(u - np.round(u)), np.abs(v - np.round(v))) * pitch
-    return np.clip(face + 0.05 * _noise(rng, n, 1, 1), 0, 1) * _step(edge - joint, 0.6)
+    return np.clip(face + 0.05 * noise(rng, n, 1, 1), 0, 1) * step(edge - joint, 0.6)
 
 
 def weave(rng: Rng, n: int) -> Array:
     """Plain weave: threads over and under each other in turn."""
-    u, v = _grid(rng, n, rng.uniform(5, 11), turn=rng.uniform(-0.5, 0.5))
+    u, v = grid(rng, n, rng.uniform(5, 11), turn=rng.uniform(-0.5, 0.5))
     over = (np.floor(u) + np.floor(v)) % 2 < 1
     across, along = np.sin(np.pi * (u % 1)), np.sin(np.pi * (v % 1))
     warp = across**0.7 * (0.55 + 0.45 * along)
@@ -136,12 +136,12 @@ def weave(rng: Rng, n: int) -> Array:
 def twill(rng: Rng, n: int) -> Array:
     """Twill fabric: diagonal ribs broken by the threads."""
     side = rng.choice([-1, 1])
-    u, v = _grid(rng, n, rng.uniform(3, 5), turn=rng.uniform(-0.25, 0.25))
-    ribs = _wave((np.floor(u) + side * v) / 4, 1.5)
+    u, v = grid(rng, n, rng.uniform(3, 5), turn=rng.uniform(-0.25, 0.25))
+    ribs = wave((np.floor(u) + side * v) / 4, 1.5)
     return np.clip(0.75 * ribs + 0.25 * np.sin(np.pi * (u % 1)), 0, 1)
 
 
-def _voronoi(rng: Rng, n: int, count: int) -> tuple[Array, Array, NDArray[np.int64]]:
+def voronoi(rng: Rng, n: int, count: int) -> tuple[Array, Array, NDArray[np.int64]]:
     """Distances (n, n) in px to the nearest and second nearest of ``count`` scattered points, and which is nearest."""
     side = int(np.ceil(np.sqrt(count)))
     pitch = (n + 16) / side
@@ -158,29 +158,29 @@ def _voronoi(rng: Rng, n: int, count: int) -> tuple[Array, Array, NDArray[np.int
 def cells(rng: Rng, n: int) -> Array:
     """Flat Voronoi cells with dark borders, as of a glaze or a grain boundary picture."""
     count = int(rng.integers(9, 50))
-    first, second, nearest = _voronoi(rng, n, count)
+    first, second, nearest = voronoi(rng, n, count)
     tones = rng.uniform(0.4, 1, 4 * count + 16)
-    return tones[nearest] * (1 - rng.uniform(0.5, 1) * (1 - _step(second - first - rng.uniform(0.7, 1.5), 0.8)))
+    return tones[nearest] * (1 - rng.uniform(0.5, 1) * (1 - step(second - first - rng.uniform(0.7, 1.5), 0.8)))
 
 
 def wood(rng: Rng, n: int) -> Array:
     """Growth rings cut lengthwise, with pores."""
     turn = rng.uniform(0, np.pi)
-    u, v = _grid(rng, n, n, turn=turn, warp=0.0)
+    u, v = grid(rng, n, n, turn=turn, warp=0.0)
     rings = rng.uniform(4, 10) * np.hypot(u - u.mean() + rng.uniform(0.2, 1.0), 0.25 * (v - v.mean()))
-    rings = rings + rng.uniform(0.15, 0.4) * _noise(rng, n, 5, 22, turn + np.pi / 2)
+    rings = rings + rng.uniform(0.15, 0.4) * noise(rng, n, 5, 22, turn + np.pi / 2)
     late = (rings % 1) ** rng.uniform(1.5, 3)
-    pores = np.maximum(_noise(rng, n, 0.5, 5, turn + np.pi / 2) - 1.2, 0)
+    pores = np.maximum(noise(rng, n, 0.5, 5, turn + np.pi / 2) - 1.2, 0)
     return np.clip(0.9 - 0.65 * late - 0.25 * pores, 0, 1)
 
 
 def dots(rng: Rng, n: int) -> Array:
     """A perforated sheet: round holes on a regular grid."""
     pitch = rng.uniform(6, 15)
-    u, v = _grid(rng, n, pitch)
+    u, v = grid(rng, n, pitch)
     u = u + 0.5 * (np.floor(v) % 2) * rng.integers(0, 2)
     away = np.hypot(u % 1 - 0.5, v % 1 - 0.5) * pitch
-    return _step(away - rng.uniform(0.22, 0.36) * pitch, 0.7)
+    return step(away - rng.uniform(0.22, 0.36) * pitch, 0.7)
 
 
 def speckle(rng: Rng, n: int) -> Array:
@@ -188,15 +188,15 @@ def speckle(rng: Rng, n: int) -> Array:
     size = rng.uniform(0.8, 2.0)
     field = np.full((n, n), rng.uniform(0.4, 0.6))
     for tone in rng.permutation([0.0, 0.25, 0.8, 1.0])[:3]:
-        flecks = _step(_noise(rng, n, size, size) - rng.uniform(1.3, 1.9), 0.15)
+        flecks = step(noise(rng, n, size, size) - rng.uniform(1.3, 1.9), 0.15)
         field = field + flecks * (tone - field)
     return field
 
 
 def rust(rng: Rng, n: int) -> Array:
     """Two materials in ragged patches, one of them pitted."""
-    patch = _step(_fractal(rng, n, rng.uniform(1.2, 1.6)) + rng.uniform(-0.5, 0.5), rng.uniform(0.1, 0.4))
-    pits = np.maximum(_noise(rng, n, 0.6, 0.6), 0)
+    patch = step(fractal(rng, n, rng.uniform(1.2, 1.6)) + rng.uniform(-0.5, 0.5), rng.uniform(0.1, 0.4))
+    pits = np.maximum(noise(rng, n, 0.6, 0.6), 0)
     return np.clip(0.8 - 0.5 * patch - 0.25 * patch * pits + 0.04 * pits, 0, 1)
 
 
@@ -205,7 +205,7 @@ def gradient(rng: Rng, n: int) -> Array:
     y, x = np.mgrid[:n, :n] / (n - 1) - 0.5
     turn, (cy, cx) = rng.uniform(0, 2 * np.pi), rng.uniform(-0.6, 0.6, 2)
     share = rng.uniform(0, 1)
-    return _unit(share * (x * np.cos(turn) + y * np.sin(turn)) + (1 - share) * np.hypot(y - cy, x - cx))
+    return unit(share * (x * np.cos(turn) + y * np.sin(turn)) + (1 - share) * np.hypot(y - cy, x - cx))
 
 
 SURFACES: tuple[Callable[[Rng, int], Array], ...] = (
@@ -215,7 +215,7 @@ SURFACES: tuple[Callable[[Rng, int], Array], ...] = (
 CLASSES = tuple(f"{s.__name__}{mark}" for s in SURFACES for mark in ("", "_marked"))
 
 
-def _colourise(tone: Array, rng: Rng) -> Array:
+def colourise(tone: Array, rng: Rng) -> Array:
     """A tone in [0, 1] along a ramp of three colours of one hue and little saturation, as of materials; (n, n, 3)."""
     hue, saturation = rng.uniform(0, 1), rng.uniform(0, 0.55) * rng.integers(0, 2)
     low = rng.uniform(0.05, 0.6)
@@ -227,21 +227,21 @@ def _colourise(tone: Array, rng: Rng) -> Array:
     return np.stack([np.interp(tone, [0, 0.5, 1], ramp[:, c]) for c in range(3)], -1)
 
 
-def _blob(rng: Rng, n: int) -> Array:
+def blob(rng: Rng, n: int) -> Array:
     """Coverage (n, n) of one to three ragged blobs with radii of 2 to 9 px."""
     y, x = np.mgrid[:n, :n]
-    ragged = rng.uniform(0.3, 2.0) * _noise(rng, n, 2.5, 2.5)
+    ragged = rng.uniform(0.3, 2.0) * noise(rng, n, 2.5, 2.5)
     cover = np.zeros((n, n))
     for _ in range(rng.integers(1, 4)):
         cy, cx = rng.uniform(6, n - 6, 2)
         radius, squash, turn = rng.uniform(2, 9), rng.uniform(0.5, 1), rng.uniform(0, np.pi)
         a = (x - cx) * np.cos(turn) + (y - cy) * np.sin(turn)
         b = (-(x - cx) * np.sin(turn) + (y - cy) * np.cos(turn)) / squash
-        cover = np.maximum(cover, _step(radius - np.hypot(a, b) + ragged, rng.uniform(0.6, 2.0)))
+        cover = np.maximum(cover, step(radius - np.hypot(a, b) + ragged, rng.uniform(0.6, 2.0)))
     return cover
 
 
-def _line(rng: Rng, n: int) -> Array:
+def line(rng: Rng, n: int) -> Array:
     """Coverage (n, n) of one or two scratches (straight) or cracks (wandering), 1 to 4 px wide."""
     cover = np.zeros((n, n))
     y, x = np.mgrid[:n, :n]
@@ -252,21 +252,21 @@ def _line(rng: Rng, n: int) -> Array:
         points = np.cumsum(1.6 * np.stack([np.sin(heading), np.cos(heading)], 1), axis=0)
         points += rng.uniform(0.25, 0.75, 2) * n - points.mean(0)
         squared = (y[..., None] - points[:, 0]) ** 2 + (x[..., None] - points[:, 1]) ** 2
-        cover = np.maximum(cover, _step(rng.uniform(0.6, 2.0) - np.sqrt(squared.min(-1)), 0.7))
+        cover = np.maximum(cover, step(rng.uniform(0.6, 2.0) - np.sqrt(squared.min(-1)), 0.7))
     return cover
 
 
-def _mark(image: Array, rng: Rng) -> Array:
+def mark(image: Array, rng: Rng) -> Array:
     """Draw a blob, a line or both in a colour that stands out from the surface by at least a quarter of the range."""
     n, kind = image.shape[0], rng.integers(0, 5)
-    cover = np.maximum(_blob(rng, n) if kind != 1 and kind != 3 else 0.0, _line(rng, n) if kind not in (0, 2) else 0.0)
+    cover = np.maximum(blob(rng, n) if kind != 1 and kind != 3 else 0.0, line(rng, n) if kind not in (0, 2) else 0.0)
     mean = image.mean((0, 1))
     shift = rng.uniform(0.25, 0.5) * (1 if mean.mean() < 0.4 or (mean.mean() < 0.6 and rng.integers(0, 2)) else -1)
     colour = np.clip(mean + shift + rng.normal(0, 0.06, 3) * rng.integers(0, 2), 0, 1)
     return image + cover[..., None] * rng.uniform(0.75, 1) * (colour - image)
 
 
-def _camera(image: Array, rng: Rng) -> Array:
+def camera(image: Array, rng: Rng) -> Array:
     """Uneven light, gain and sensor noise; (n, n, 3) in [0, 1]."""
     n = image.shape[0]
     y, x = np.mgrid[:n, :n] / (n - 1) - 0.5
@@ -283,10 +283,10 @@ def draw(label: int, rng: Rng, size: int = SIZE) -> Tensor:
     """
     if not 0 <= label < len(CLASSES):
         raise ValueError(f"there is no texture class {label}; there are {len(CLASSES)}")
-    image = _colourise(SURFACES[label // 2](rng, size), rng)
+    image = colourise(SURFACES[label // 2](rng, size), rng)
     if label % 2:
-        image = _mark(image, rng)
-    pixels = np.round(_camera(image, rng) * 255) / 127.5 - 1
+        image = mark(image, rng)
+    pixels = np.round(camera(image, rng) * 255) / 127.5 - 1
     return torch.from_numpy(pixels.astype(np.float32)).permute(2, 0, 1).contiguous()
 
 

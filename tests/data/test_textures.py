@@ -26,7 +26,7 @@ def test_a_mark_changes_a_few_pixels_by_a_visible_amount():
     """On a flat sheet without light or noise the mark is all there is."""
     for seed in range(30):
         flat = np.full((64, 64, 3), 0.5)
-        change = np.abs(textures._mark(flat, np.random.default_rng(seed)) - flat).max(-1)
+        change = np.abs(textures.mark(flat, np.random.default_rng(seed)) - flat).max(-1)
         share = (change > 0.15).mean()
         assert 0.002 < share < 0.35, f"seed {seed}: {share}"
 

@@ -1,0 +1,171 @@
+"""ONE fit loop: seeded batches, cosine or constant rate, EMA, checkpoints, and a resume that is exact.
+
+What a step draws (its items, its noise) comes from a generator seeded by (seed, step), so a run that was killed and
+goes on from a checkpoint ends with the weights of an undisturbed one: bit for bit on the CPU.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+Loss = Callable[[Tensor, torch.Generator], Tensor]
+
+
+class FitSettings(BaseModel):
+    """How a model is trained; the optimiser is AdamW with torch's betas.
+
+    Attributes:
+        steps: Optimiser steps.
+        batch_size: Items a step.
+        learning_rate: Peak rate.
+        schedule: After ``warmup`` steps of linear rise, constant or a cosine to zero.
+        weight_decay: AdamW's.
+        max_grad_norm: Gradients are clipped to this norm; None leaves them.
+        precision: "no" is float32; "bf16" runs the model under autocast, the weights staying float32.
+        ema: Decay of the exponential moving average that replaces the weights at the end; None for none.
+        save_every: Steps between checkpoints.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    steps: int = Field(ge=1)
+    batch_size: int = Field(ge=1)
+    learning_rate: float = Field(gt=0)
+    schedule: Literal["constant", "cosine"] = "constant"
+    warmup: int = Field(default=0, ge=0)
+    weight_decay: float = Field(default=0.01, ge=0)
+    max_grad_norm: float | None = Field(default=1.0, gt=0)
+    precision: Literal["no", "bf16"] = "no"
+    ema: float | None = Field(default=None, gt=0, lt=1)
+    save_every: int = Field(default=500, ge=1)
+
+
+def step_generator(seed: int, step: int) -> torch.Generator:
+    """The CPU generator of one step; distinct for every (seed, step)."""
+    return torch.Generator().manual_seed(int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0] >> 1))
+
+
+def batch_indices(n_items: int, batch_size: int, seed: int, step: int) -> Tensor:
+    """The items (batch_size,) of a step: a window of seeded permutations laid end to end, so all are seen equally."""
+    start = step * batch_size
+    epochs = range(start // n_items, (start + batch_size - 1) // n_items + 1)
+    order = torch.cat([torch.from_numpy(np.random.default_rng([seed, 7, e]).permutation(n_items)) for e in epochs])
+    return order[start - epochs[0] * n_items :][:batch_size]
+
+
+def fit(
+    model: nn.Module,
+    loss: Loss,
+    n_items: int,
+    settings: FitSettings,
+    *,
+    seed: int,
+    folder: Path,
+    progress: Callable[[int, float], None] | None = None,
+) -> list[tuple[int, float]]:
+    """Train the parameters of ``model`` that require gradients, in place; go on from ``folder`` where a run stopped.
+
+    Args:
+        model: Any module; its weights at the end are the EMA's where ``settings.ema`` is set.
+        loss: (items (B,), generator) -> scalar; runs the model itself, on the model's device.
+        n_items: How many items there are to draw batches from.
+        settings: See :class:`FitSettings`.
+        seed: Of the batches and of the generators that ``loss`` is given.
+        folder: Where checkpoints go; removed at the end.
+        progress: Called with (step, mean loss since the last call) about a hundred times.
+
+    Returns:
+        The curve: (step, mean loss since the last point).
+
+    Raises:
+        ValueError: A checkpoint cannot be read, or is of another model or other settings.
+        FloatingPointError: The loss is not finite.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    device = trained[0].device
+    accelerator = Accelerator(cpu=device.type == "cpu")
+    optimiser = torch.optim.AdamW(trained, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    schedule = get_scheduler(
+        "cosine" if settings.schedule == "cosine" else "constant_with_warmup",
+        optimiser, num_warmup_steps=settings.warmup, num_training_steps=settings.steps,
+    )  # fmt: skip
+    accelerator.prepare(model, optimiser, schedule)
+    ema = EMAModel(trained, decay=settings.ema) if settings.ema else None
+    if ema:
+        accelerator.register_for_checkpointing(ema)
+    stamp = {"settings": settings.model_dump(), "seed": seed, "n_items": n_items}
+    done, curve, window = _resume(accelerator, folder, stamp)
+    model.train()
+    report_every = max(1, settings.steps // 100)
+    for step in range(done, settings.steps):
+        with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
+            value = loss(batch_indices(n_items, settings.batch_size, seed, step), step_generator(seed, step))
+        optimiser.zero_grad(set_to_none=True)
+        value.backward()
+        if settings.max_grad_norm:
+            nn.utils.clip_grad_norm_(trained, settings.max_grad_norm)
+        optimiser.step()
+        schedule.step()
+        if ema:
+            ema.step(trained)
+        window.append(value.item())
+        if not np.isfinite(window[-1]):
+            raise FloatingPointError(f"the loss is {window[-1]} at step {step}: lower learning_rate")
+        if (step + 1) % report_every == 0 or step + 1 == settings.steps:
+            curve.append((step + 1, float(np.mean(window))))
+            window = []
+            if progress:
+                progress(*curve[-1])
+        if (step + 1) % settings.save_every == 0 and step + 1 < settings.steps:
+            _save(accelerator, folder, step + 1, stamp | {"curve": curve, "window": window})
+    if ema:
+        ema.copy_to(trained)
+    if folder.exists():
+        shutil.rmtree(folder)
+    model.eval()
+    return curve
+
+
+def _checkpoints(folder: Path) -> Iterator[Path]:
+    """Complete checkpoints, the newest first."""
+    yield from sorted((p for p in folder.glob("step-*") if p.is_dir()), reverse=True)
+
+
+def _save(accelerator: Accelerator, folder: Path, step: int, state: dict) -> None:
+    """Write a checkpoint beside the last one, rename it into place, then drop the older ones."""
+    partial = folder / ".part"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    accelerator.save_state(str(partial))
+    (partial / "fit.json").write_text(json.dumps(state))
+    os.replace(partial, folder / f"step-{step:07d}")
+    for old in list(_checkpoints(folder))[1:]:
+        shutil.rmtree(old)
+
+
+def _resume(accelerator: Accelerator, folder: Path, stamp: dict) -> tuple[int, list[tuple[int, float]], list[float]]:
+    """Load the newest checkpoint, if any: steps done, curve, losses since its last point."""
+    newest = next(_checkpoints(folder), None)
+    if newest is None:
+        return 0, [], []
+    try:
+        state = json.loads((newest / "fit.json").read_text())
+        if {k: state[k] for k in stamp} == stamp:
+            accelerator.load_state(str(newest))
+            return int(newest.name.removeprefix("step-")), [tuple(point) for point in state["curve"]], state["window"]
+    except Exception as error:  # whatever a truncated file raises: zip, header, key, shape
+        raise ValueError(f"checkpoint {newest} cannot be read: delete {folder} to train from the start") from error
+    raise ValueError(f"checkpoint {newest} is of other settings: delete {folder} to train from the start")
