@@ -12,6 +12,8 @@ import torch
 from diffusers import DDIMScheduler
 from torch import Tensor
 
+# Keeps the noise added on the way apart from the noise started from, which the same seeds draw.
+FRESH = 0x5EED
 Hook = Callable[[float, Tensor, Tensor], Tensor]
 
 
@@ -59,8 +61,11 @@ def denoise(
     scheduler: DDIMScheduler,
     num_inference_steps: int,
     hooks: Sequence[Hook] = (),
+    *,
+    eta: float = 0.0,
+    seeds: Sequence[int] = (),
 ) -> Tensor:
-    """Deterministic DDIM (eta = 0): the one loop that every method's sampling goes through.
+    """DDIM: the one loop that every method's sampling goes through; deterministic at eta = 0.
 
     Args:
         predict_noise: eps(x_t, t); t is a scalar timestep.
@@ -69,10 +74,21 @@ def denoise(
         num_inference_steps: Steps K.
         hooks: Called after each step with (fraction of the schedule done in (0, 1], latents, predicted x_0); each
             returns the latents to go on with. Fractions, not step indices, so 10 and 50 steps mean the same.
+        eta: Share of DDPM's noise that is added anew each step; 1 is DDPM.
+        seeds: One a row of the latents, needed where ``eta`` > 0: a row's fresh noise depends on its seed alone.
+
+    Raises:
+        ValueError: ``eta`` > 0 without a seed for every row.
     """
+    if eta > 0 and len(seeds) != len(latents):
+        raise ValueError(f"eta {eta} adds noise: give {len(latents)} seeds, got {len(seeds)}")
+    generators = [torch.Generator().manual_seed(seed ^ FRESH) for seed in seeds]
     scheduler.set_timesteps(num_inference_steps)
     for i, timestep in enumerate(scheduler.timesteps):
-        step = scheduler.step(predict_noise(latents, timestep), timestep, latents, eta=0.0)
+        fresh = None
+        if eta > 0:
+            fresh = torch.stack([torch.randn(latents.shape[1:], generator=g) for g in generators]).to(latents)
+        step = scheduler.step(predict_noise(latents, timestep), timestep, latents, eta=eta, variance_noise=fresh)
         latents = step.prev_sample
         for hook in hooks:
             latents = hook((i + 1) / num_inference_steps, latents, step.pred_original_sample)

@@ -43,7 +43,7 @@ VAE_FIT = FitSettings(
 )  # fmt: skip
 KL_WEIGHT = 1e-4
 UNET_FIT = FitSettings(
-    steps=5000, batch_size=32, learning_rate=1e-3, schedule="cosine", warmup=300, weight_decay=0.01, ema=0.999,
+    steps=4000, batch_size=32, learning_rate=1e-3, schedule="cosine", warmup=300, weight_decay=0.01, ema=0.999,
     precision="bf16", save_every=500,
 )  # fmt: skip
 TEXT_LENGTH, TEXT_WIDTH = 48, 128

@@ -14,7 +14,8 @@ import pytest
 from defectlib import batch, params, paths
 
 ROOMS = [
-    *("paths", "types", "images", "params", "data", "masks", "backbone", "attention", "diffusion", "training"),
+    *("paths", "types", "images", "params", "data", "masks"),
+    *("backbone", "attention", "diffusion", "fusion", "training", "pretrain"),
     *(
         "methods",
         "sampling",

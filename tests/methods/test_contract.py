@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from defectlib import sampling
+from defectlib import backbone, params, sampling
 from defectlib.methods import base
 from defectlib.types import Sample, Shot
 
@@ -27,6 +27,12 @@ def shot(defect, k):
 
 SHOTS = [shot(defect, k) for defect in PROMPTS for k in range(3)]
 NORMALS = [surface(k) for k in range(4)]
+QUICK = params.load_profile("smoke").methods
+BASE = backbone.load("tiny", device="cpu")
+
+
+def method_base(method):
+    return BASE if method.needs_backbone else None
 
 
 def mask_source(rng, shots, normal):
@@ -36,8 +42,8 @@ def mask_source(rng, shots, normal):
 @pytest.fixture(scope="module", params=base.names())
 def fitted(request, tmp_path_factory):
     cls = base.get(request.param)
-    method = cls(cls.Config())
-    method.fit(SHOTS, NORMALS, seed=0, workdir=tmp_path_factory.mktemp("fit"))
+    method = cls(base.configure(request.param, QUICK[request.param]), method_base(cls))
+    method.fit(SHOTS, NORMALS, prompts=PROMPTS, seed=0, workdir=tmp_path_factory.mktemp("fit"))
     source = None if cls.makes_masks else mask_source
     return method, sampling.plan(SHOTS, NORMALS, 4, source, 0, PROMPTS, group_size=2)
 
@@ -99,15 +105,15 @@ def test_save_and_load_give_the_same_images(fitted, tmp_path):
     method, requests = fitted
     method.save(tmp_path)
     assert {f.suffix for f in tmp_path.rglob("*") if f.is_file()} <= {".safetensors", ".json"}
-    loaded = type(method).load(tmp_path)
+    loaded = type(method).load(tmp_path, method_base(method))
     assert loaded.config == method.config
     assert all(same(a, b) for a, b in zip(loaded.sample(requests), method.sample(requests), strict=True))
 
 
 def test_fit_is_a_function_of_its_seed(fitted, tmp_path):
     method, requests = fitted
-    again = type(method)(method.config)
-    again.fit(SHOTS, NORMALS, seed=0, workdir=tmp_path)
+    again = type(method)(method.config, method_base(method))
+    again.fit(SHOTS, NORMALS, prompts=PROMPTS, seed=0, workdir=tmp_path)
     assert all(same(a, b) for a, b in zip(again.sample(requests[:2]), method.sample(requests[:2]), strict=True))
 
 
@@ -125,4 +131,5 @@ def test_unknown_configuration_is_refused(fitted):
 
 def test_no_shots_is_refused(fitted, tmp_path):
     with pytest.raises(ValueError, match="at least one shot"):
-        type(fitted[0])(fitted[0].config).fit([], NORMALS, seed=0, workdir=tmp_path)
+        method = type(fitted[0])(fitted[0].config, method_base(fitted[0]))
+        method.fit([], NORMALS, prompts=PROMPTS, seed=0, workdir=tmp_path)

@@ -1,0 +1,366 @@
+"""DefectSynth, stage 2 (paper 001; TASE 2026): a ControlNet tells a frozen latent diffusion model where the defect is.
+
+Trained on (mask, prompt, real defect image) with the plain noise-prediction loss; drawn on a normal image by
+deterministic DDIM, with the normal's noised latents outside the mask. Two ideas of the paper are added while drawing:
+Selective Attention Enhancement (Equations 5-8, ``attention``) and Similarity-Based Feature Fusion (Equation 9,
+``fusion``). Masks come from ``masks`` (stage 1).
+
+Where the released code (INDTLab/DefectSynth c7bed91) differs, :meth:`DefectSynthConfig.as_released` names it:
+
+===================  ==============================  ==========================================
+what                 here, as in the paper           released
+===================  ==============================  ==========================================
+sampler              20 steps, eta 0                 50 steps, eta 1
+SAE weights          Equation 7                      min-max of the difference + 1
+SFF                  weights sum to one              cosine, from the old latents; a no-op at its batch of 2
+colours              as decoded                      histogram matched to the normal image
+value range          [-1, 1] throughout              trained in [-1, 1], sampled from images in [0, 1] (not copied)
+===================  ==============================  ==========================================
+
+The paper's "cosine noise schedule" cannot be meant: the frozen base model has its own, which is kept.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from diffusers import ControlNetModel
+from pydantic import Field
+from skimage.exposure import match_histograms
+from torch import Tensor
+
+from defectlib import paths
+from defectlib.attention import AttentionWeights, reweighted, selective_weights
+from defectlib.backbone import Backbone
+from defectlib.diffusion import denoise, noise_like
+from defectlib.fusion import fuse
+from defectlib.masks import alignment
+from defectlib.methods.base import MethodConfig, register
+from defectlib.training import FitSettings, fit
+from defectlib.types import Request, Sample, Shot
+
+
+class DefectSynthConfig(MethodConfig):
+    """The paper's values are the defaults; its ablations are ``sae`` and ``sff``.
+
+    Attributes:
+        epochs: Passes over the shots; ``steps`` replaces them where it is given.
+        flips: Also train on every shot mirrored both ways and turned by half; the paper has no augmentation.
+        mask_weight: Added to the loss's weight of 1 inside the mask; the paper has none.
+        dilation: Reach of the blending mask beyond the mask at t = T, as a share of the latents' side; it falls to
+            none at t = 0. 8 cells of 64 are the released code's.
+        guidance_scale: 1 is no classifier-free guidance, as released.
+        batch_size: Requests a call of the model; short batches are padded, so that a sample depends on itself alone.
+        sae_softmax: Equation 7's softmax over the mask's pixels, or over all as printed.
+        sae_cap: Largest weight; None leaves the heavy tail that Equation 7 has.
+        sff_within: Fuse features inside the mask ("in the generated defective regions", Section III-E, and the
+            released code), or anywhere, as Equation 9 is printed: that changes the background too.
+    """
+
+    epochs: int = Field(2000, ge=1)
+    steps: int | None = Field(None, ge=1)
+    train_batch_size: int = Field(2, ge=1)
+    learning_rate: float = Field(1e-5, gt=0)
+    flips: bool = False
+    mask_weight: float = Field(0.0, ge=0)
+    precision: Literal["no", "bf16"] = "no"
+    gradient_checkpointing: bool = False
+    ema: float | None = Field(None, gt=0, lt=1)
+    num_inference_steps: int = Field(20, ge=1)
+    eta: float = Field(0.0, ge=0, le=1)
+    controlnet_scale: float = Field(1.0, ge=0)
+    guidance_scale: float = Field(1.0, ge=1)
+    dilation: float = Field(0.125, ge=0, le=1)
+    batch_size: int = Field(4, ge=1)
+    sae: bool = True
+    sae_form: Literal["paper", "released"] = "paper"
+    sae_softmax: Literal["mask", "image"] = "mask"
+    sae_cap: float | None = Field(None, ge=1)
+    sff: bool = True
+    sff_rate: float = Field(0.2, ge=0, le=1)
+    sff_base_weight: float = Field(0.7, ge=0, le=1)
+    sff_within: Literal["mask", "image"] = "mask"
+    sff_form: Literal["paper", "released"] = "paper"
+    match_colours: bool = False
+
+    @classmethod
+    def as_released(cls, **changes) -> DefectSynthConfig:
+        """The released code's values, where they differ from the paper's."""
+        released = {
+            "num_inference_steps": 50, "eta": 1.0, "sae_form": "released", "sff_form": "released",
+            "sff_within": "mask", "match_colours": True, "batch_size": 2,
+        }  # fmt: skip
+        return cls(**released | changes)
+
+    def fit_settings(self, n_items: int) -> FitSettings:
+        """The settings of the fit loop for this many training items."""
+        return FitSettings(
+            steps=self.steps or self.epochs * -(-n_items // self.train_batch_size),
+            batch_size=self.train_batch_size, learning_rate=self.learning_rate, precision=self.precision, ema=self.ema,
+        )  # fmt: skip
+
+
+def to_latents(masks: Tensor, size: tuple[int, int]) -> Tensor:
+    """Masks bool (N, 1, H, W) on the latents' grid: a cell is in the mask if any of its pixels is.
+
+    One-pixel cracks survive, which bilinear resizing and a threshold would lose.
+    """
+    return F.adaptive_max_pool2d(masks.float(), size) > 0
+
+
+def dilated(mask: Tensor, radius: int) -> Tensor:
+    """Square dilation of bool (N, 1, h, w) by ``radius`` cells: a max pool."""
+    return F.max_pool2d(mask.float(), 2 * radius + 1, 1, radius) > 0 if radius else mask
+
+
+def reach(timestep: int, side: int, dilation: float) -> int:
+    """Cells by which the blending mask is dilated at a timestep: floor((t + 100) / 1000 * dilation * side), 0 at t = 0.
+
+    The released schedule (8 of 64 cells at the start), as a share of the side so that it means the same at any size.
+    """
+    return int((timestep + 100) * dilation * side / 1000) if timestep > 0 else 0
+
+
+@register("defectsynth")
+class DefectSynth:
+    """See the module's docstring.
+
+    ``preserves_background`` is False: outside the mask the latents end as the normal's own (with ``sff_within`` "mask"),
+    so the pixels there are the VAE's reconstruction of the normal image, up to the little that the decoder's group
+    norms carry over from the defect; they are not the image's own.
+    """
+
+    Config = DefectSynthConfig
+    scope = "category"
+    makes_masks = False
+    preserves_background = False
+    needs_backbone = True
+
+    def __init__(self, config: DefectSynthConfig, backbone: Backbone | None = None) -> None:
+        if backbone is None:
+            raise ValueError("DefectSynth needs a base model: give backbone.load('tiny') or 'sd15'")
+        self.config, self.backbone = config, backbone
+        self.shots: list[Shot] = []
+        self.curve: list[tuple[int, float]] = []
+        self.controlnet: ControlNetModel | None = None
+        self._latents: dict[tuple[str, str], Tensor] = {}
+
+    def _new_controlnet(self, seed: int) -> ControlNetModel:
+        # The hint is brought to the latents' size by one stride-2 convolution a halving of the VAE.
+        halvings = int(np.log2(self.backbone.cell))
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            net = ControlNetModel.from_unet(
+                self.backbone.unet, conditioning_embedding_out_channels=(16, 32, 96, 256)[: halvings + 1]
+            )
+        return net.to(self.backbone.device)
+
+    def fit(
+        self, shots: Sequence[Shot], normals: Sequence[Tensor], *, prompts: dict[str, str], seed: int, workdir: Path
+    ) -> None:
+        """Train the ControlNet alone; latents and text embeddings are computed once.
+
+        Raises:
+            ValueError: There is no shot, or a defect has no prompt.
+        """
+        if not shots:
+            raise ValueError("DefectSynth needs at least one shot of a defect to learn from")
+        if lacking := sorted({shot.defect for shot in shots} - set(prompts)):
+            raise ValueError(
+                f"there is no prompt for the defect {lacking[0]}: name it in the category's parameter file"
+            )
+        config, base = self.config, self.backbone
+        self.shots = list(shots)
+        images, masks = (torch.stack([getattr(shot, part) for shot in shots]) for part in ("image", "mask"))
+        text = base.embed([prompts[shot.defect] for shot in shots])
+        if config.flips:
+            turns = ((), (-1,), (-2,), (-2, -1))
+            images, masks = (torch.cat([x.flip(t) for t in turns]) for x in (images, masks))
+            text = text.repeat(len(turns), 1, 1)
+        base.latent_shape(images.shape[-1])
+        latents, hints = base.encode(images), masks.float().expand(-1, 3, -1, -1).to(base.device)
+        weights = 1 + config.mask_weight * to_latents(masks, tuple(latents.shape[2:])).float().to(base.device)
+        scheduler, net = base.scheduler, self._new_controlnet(seed)
+        if config.gradient_checkpointing:
+            net.enable_gradient_checkpointing()
+
+        def loss(items: Tensor, generator: torch.Generator) -> Tensor:
+            clean, hidden = latents[items], text[items]
+            timesteps = torch.randint(scheduler.config.num_train_timesteps, (len(items),), generator=generator)
+            noise = torch.randn(clean.shape, generator=generator).to(clean.device)
+            noisy = scheduler.add_noise(clean, noise, timesteps.to(clean.device))
+            residuals, middle = net(noisy, timesteps, hidden, hints[items], return_dict=False)
+            predicted = base.unet(
+                noisy, timesteps, hidden,
+                down_block_additional_residuals=residuals, mid_block_additional_residual=middle,
+            ).sample  # fmt: skip
+            return (weights[items] * (predicted.float() - noise).square()).mean()
+
+        self.curve = fit(
+            net, loss, len(latents), config.fit_settings(len(latents)), seed=seed, folder=workdir / "checkpoints"
+        )
+        self.controlnet = net.requires_grad_(False)
+
+    @torch.no_grad()
+    def sample(self, requests: Sequence[Request]) -> list[Sample]:
+        """Draw the requests, group by group; the masks are those of the requests.
+
+        Raises:
+            ValueError: A request has no mask or an empty one, or asks for a defect that was not learned.
+        """
+        for request in requests:
+            self._check(request)
+        groups: dict[int, list[int]] = {}
+        for i, request in enumerate(requests):
+            groups.setdefault(request.group, []).append(i)
+        size = self.config.batch_size
+        latents = torch.cat([self._denoise(requests[i : i + size]) for i in range(0, len(requests), size)])
+        if self.config.sff:
+            for group, members in groups.items():
+                latents[members] = self._fused(latents[members], [requests[i] for i in members], group)
+        drawn = torch.cat([self._decode(part) for part in latents.split(size)])
+        if self.config.match_colours:
+            drawn = torch.stack([_matched(x, request.normal) for x, request in zip(drawn, requests, strict=True)])
+        return [
+            Sample(image, r.mask, r.category, r.defect, r.seed, r.group)
+            for image, r in zip(drawn, requests, strict=True)
+        ]
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        """Images of up to ``batch_size`` latents, by a full batch: another batch size may move a pixel's last bit."""
+        padding = latents[-1:].expand(self.config.batch_size - len(latents), -1, -1, -1)
+        return self.backbone.decode(torch.cat([latents, padding]))[: len(latents)]
+
+    def _check(self, request: Request) -> None:
+        if self.controlnet is None:
+            raise ValueError("DefectSynth is not fitted: call fit or load first")
+        known = sorted({shot.defect for shot in self.shots})
+        if request.defect not in known:
+            raise ValueError(f"DefectSynth was fitted on {', '.join(known)}, not on '{request.defect}'")
+        if request.mask is None or not request.mask.any():
+            raise ValueError(f"request {request.seed} has no mask or an all-black one: DefectSynth draws inside a mask")
+
+    def _denoise(self, requests: Sequence[Request]) -> Tensor:
+        """z_0 of up to ``batch_size`` requests, (N, C, h, w)."""
+        config, base, wanted = self.config, self.backbone, len(requests)
+        requests = [*requests, *[requests[-1]] * (config.batch_size - wanted)]
+        shape = base.latent_shape(requests[0].normal.shape[-1])
+        normal = base.encode(torch.stack([r.normal for r in requests]))
+        pixels = torch.stack([r.mask for r in requests])
+        mask = to_latents(pixels, shape[1:]).to(base.device)
+        hint = pixels.float().expand(-1, 3, -1, -1).to(base.device)
+        noise = noise_like([r.seed for r in requests], shape).to(base.device)
+        prompts = [r.prompt for r in requests]
+        text = base.embed(prompts)
+        guided = config.guidance_scale > 1
+        if guided:
+            text, hint = torch.cat([base.embed([""] * len(prompts)), text]), torch.cat([hint, hint])
+        reference = self._references(requests, shape[1:]) if config.sae else None
+        weights = AttentionWeights()
+
+        def predict(latents: Tensor, timestep: Tensor) -> Tensor:
+            if reference is not None:
+                weights.set(selective_weights(
+                    reference, latents, mask,
+                    softmax_over=config.sae_softmax, cap=config.sae_cap, form=config.sae_form,
+                ))  # fmt: skip
+            model_input = torch.cat([latents, latents]) if guided else latents
+            residuals, middle = self.controlnet(
+                model_input, timestep, text, hint, conditioning_scale=config.controlnet_scale, return_dict=False
+            )
+            predicted = base.unet(
+                model_input, timestep, text,
+                down_block_additional_residuals=residuals, mid_block_additional_residual=middle,
+            ).sample  # fmt: skip
+            if not guided:
+                return predicted
+            without, with_text = predicted.chunk(2)
+            return without + config.guidance_scale * (with_text - without)
+
+        def blend(done: float, latents: Tensor, x0: Tensor) -> Tensor:
+            following = base.scheduler.timesteps[round(done * config.num_inference_steps) :]
+            timestep = int(following[0]) if len(following) else 0
+            background = base.scheduler.add_noise(normal, noise, following[:1]) if len(following) else normal
+            inside = dilated(mask, reach(timestep, shape[1], config.dilation))
+            return torch.where(inside, latents, background)
+
+        seeds = [r.seed for r in requests]
+        base.scheduler.set_timesteps(config.num_inference_steps)
+        with reweighted(base.unet, weights):
+            latents = denoise(
+                predict, blend(0.0, noise, noise), base.scheduler, config.num_inference_steps, [blend],
+                eta=config.eta, seeds=seeds,
+            )  # fmt: skip
+        return latents[:wanted]
+
+    def _references(self, requests: Sequence[Request], size: tuple[int, int]) -> Tensor:
+        """Equations 5 and 6: a real defect's latents a request, moved to where its mask overlaps the request's most."""
+        aligned = []
+        for request in requests:
+            own = [shot for shot in self.shots if shot.defect == request.defect]
+            shot = own[np.random.default_rng([request.seed, 3]).integers(len(own))]
+            masks = (alignment.coverage(mask, size) for mask in (shot.mask, request.mask))
+            aligned.append(alignment.apply(self._encoded(shot), alignment.align(*masks))[0])
+        return torch.stack(aligned)
+
+    def _encoded(self, shot: Shot) -> Tensor:
+        key = (shot.defect, shot.id)
+        if key not in self._latents:
+            self._latents[key] = self.backbone.encode(shot.image[None])[0]
+        return self._latents[key]
+
+    def _fused(self, latents: Tensor, requests: Sequence[Request], group: int) -> Tensor:
+        """Equation 9 over the samples of one group."""
+        config = self.config
+        masks = to_latents(torch.stack([r.mask for r in requests]), tuple(latents.shape[2:])).to(latents.device)
+        released = config.sff_form == "released"
+        return fuse(
+            latents, torch.Generator().manual_seed(group), rate=config.sff_rate, base_weight=config.sff_base_weight,
+            masks=masks if config.sff_within == "mask" else None,
+            neighbours="simultaneous" if released else "sequential", similarity="cosine" if released else "dot",
+        )  # fmt: skip
+
+    def save(self, folder: Path) -> None:
+        """The ControlNet and the shots (Equation 5's references) as safetensors, configuration and names as JSON."""
+        self.controlnet.save_pretrained(folder / "controlnet", safe_serialization=True)
+        tensors = {f"{i:04d}.{part}": getattr(s, part) for i, s in enumerate(self.shots) for part in ("image", "mask")}
+        paths.write_bytes(folder / "shots.safetensors", safetensors.torch.save(tensors))
+        described = {
+            "config": self.config.model_dump(), "backbone": self.backbone.digest, "curve": self.curve,
+            "shots": [{"category": s.category, "defect": s.defect, "id": s.id} for s in self.shots],
+        }  # fmt: skip
+        paths.write_text(folder / "method.json", json.dumps(described, indent=1))
+
+    @classmethod
+    def load(cls, folder: Path, backbone: Backbone | None = None) -> DefectSynth:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            ValueError: It was fitted on another base model.
+        """
+        described = json.loads((folder / "method.json").read_text())
+        method = cls(cls.Config(**described["config"]), backbone)
+        if described["backbone"] != backbone.digest:
+            raise ValueError(f"{folder} was fitted on another base model than '{backbone.name}': fit it anew")
+        tensors = safetensors.torch.load_file(folder / "shots.safetensors")
+        method.shots = [
+            Shot(tensors[f"{i:04d}.image"], tensors[f"{i:04d}.mask"], **name)
+            for i, name in enumerate(described["shots"])
+        ]
+        method.curve = [tuple(point) for point in described["curve"]]
+        net = ControlNetModel.from_pretrained(folder / "controlnet", local_files_only=True)
+        method.controlnet = net.to(backbone.device).eval().requires_grad_(False)
+        return method
+
+
+def _matched(image: Tensor, normal: Tensor) -> Tensor:
+    """The image with each channel's histogram matched to the normal's, as the released code ends."""
+    matched = match_histograms(image.permute(1, 2, 0).numpy(), normal.permute(1, 2, 0).numpy(), channel_axis=-1)
+    return torch.from_numpy(np.ascontiguousarray(matched)).permute(2, 0, 1).float().clamp(-1, 1)

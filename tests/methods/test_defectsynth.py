@@ -1,0 +1,146 @@
+"""DefectSynth on the shipped base model, a few steps: each idea changes the picture, and each fault is one sentence."""
+
+import pytest
+import torch
+
+from defectlib import backbone
+from defectlib.methods.defectsynth import DefectSynth, DefectSynthConfig, dilated, reach, to_latents
+from defectlib.types import Request, Shot
+
+BASE = backbone.load("tiny", device="cpu")
+PROMPTS = {"hole": "a plate with a hole"}
+QUICK = {"steps": 2, "train_batch_size": 2, "num_inference_steps": 3, "batch_size": 2}
+
+
+def picture(seed):
+    return torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(seed)) * 0.4 - 0.2
+
+
+def disc(y, x, radius):
+    rows, columns = torch.meshgrid(torch.arange(64), torch.arange(64), indexing="ij")
+    return ((rows - y) ** 2 + (columns - x) ** 2 <= radius**2)[None]
+
+
+SHOTS = [
+    Shot(
+        picture(k).where(~disc(20 + 4 * k, 30, 6), torch.tensor(-0.9)), disc(20 + 4 * k, 30, 6), "plate", "hole", f"{k}"
+    )
+    for k in range(3)
+]
+
+
+def request(seed, group=0, mask=None):
+    return Request(
+        picture(50 + seed), disc(40, 36, 7) if mask is None else mask, "plate", "hole", PROMPTS["hole"], seed, group
+    )
+
+
+REQUESTS = [request(1), request(2)]
+
+
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory):
+    method = DefectSynth(DefectSynthConfig(**QUICK), BASE)
+    method.fit(SHOTS, [], prompts=PROMPTS, seed=0, workdir=tmp_path_factory.mktemp("fit"))
+    return method
+
+
+def with_config(method, **changes):
+    other = DefectSynth(method.config.model_copy(update=changes), BASE)
+    other.shots, other.controlnet = method.shots, method.controlnet
+    return other
+
+
+def images(method, requests=REQUESTS):
+    return torch.stack([sample.image for sample in method.sample(requests)])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"sae": False}, {"sff": False}, {"sae_form": "released"}, {"sae_softmax": "image"}, {"sae_cap": 1.1},
+        {"sff_within": "image"}, {"eta": 1.0}, {"guidance_scale": 4.0}, {"dilation": 0.5}, {"controlnet_scale": 0.0},
+        {"match_colours": True}, {"num_inference_steps": 6},
+    ],
+    ids=lambda change: next(iter(change)),
+)  # fmt: skip
+def test_every_field_changes_the_picture(fitted, change):
+    assert not torch.equal(images(fitted), images(with_config(fitted, **change)))
+
+
+def test_outside_the_mask_the_latents_are_the_normals(fitted):
+    latents = with_config(fitted, sff=False)._denoise(REQUESTS)
+    for drawn, asked in zip(latents, REQUESTS, strict=True):
+        normal = BASE.encode(asked.normal[None])[0]
+        inside = to_latents(asked.mask[None], (16, 16))[0, 0]
+        assert torch.allclose(drawn[:, ~inside], normal[:, ~inside], atol=1e-5)
+        assert (drawn - normal)[:, inside].abs().mean() > 0.05
+
+
+def test_fusion_needs_a_second_sample_and_never_leaves_its_group(fitted):
+    alone = images(fitted, [request(1, group=1)])
+    assert torch.equal(alone, images(with_config(fitted, sff=False), [request(1, group=1)]))
+    assert not torch.equal(alone[0], images(fitted)[0])
+    apart = images(fitted, [request(1, group=1), request(2, group=2)])
+    assert torch.equal(apart[0], alone[0])
+
+
+def test_a_sample_does_not_depend_on_how_many_are_drawn(fitted):
+    many = [request(k, group=k // 2) for k in range(6)]
+    assert torch.equal(images(fitted, many)[2:4], images(fitted, many[2:4]))
+
+
+def test_training_moves_the_controlnet_alone(fitted, tmp_path):
+    before = BASE.unet.conv_in.weight.clone()
+    method = DefectSynth(fitted.config.model_copy(update={"steps": 20, "learning_rate": 1e-3}), BASE)
+    method.fit(SHOTS, [], prompts=PROMPTS, seed=0, workdir=tmp_path)
+    assert torch.equal(BASE.unet.conv_in.weight, before)
+    assert any(p.abs().max() > 0 for p in method.controlnet.controlnet_down_blocks.parameters()), "zero-initialised"
+
+
+def test_latent_masks_keep_a_crack_of_one_pixel():
+    crack = torch.zeros(1, 1, 64, 64, dtype=torch.bool)
+    crack[..., 33, 5:60] = True
+    assert to_latents(crack, (16, 16))[0, 0].sum() == 14
+
+
+def test_dilation_by_hand():
+    mask = torch.zeros(1, 1, 8, 8, dtype=torch.bool)
+    mask[..., 3, 3] = True
+    assert dilated(mask, 0).sum() == 1 and dilated(mask, 1).sum() == 9 and dilated(mask, 2).sum() == 25
+    # The released schedule: floor((t + 100) * 8 / 1000) cells of 64.
+    assert [reach(t, 64, 0.125) for t in (951, 400, 100, 20, 0)] == [8, 4, 1, 0, 0]
+    assert [reach(t, 16, 0.125) for t in (951, 400, 100)] == [2, 1, 0]
+
+
+def test_what_was_released_is_a_configuration():
+    released = DefectSynthConfig.as_released()
+    assert (released.eta, released.num_inference_steps, released.sae_form) == (1.0, 50, "released")
+    assert DefectSynthConfig.as_released(num_inference_steps=4).num_inference_steps == 4
+
+
+def test_epochs_become_steps():
+    assert DefectSynthConfig().fit_settings(9).steps == 2000 * 5
+    assert DefectSynthConfig(steps=7).fit_settings(9).steps == 7
+
+
+def test_faults_are_one_sentence(fitted, tmp_path):
+    with pytest.raises(ValueError, match="needs a base model"):
+        DefectSynth(fitted.config)
+    with pytest.raises(ValueError, match="there is no prompt for the defect hole"):
+        DefectSynth(fitted.config, BASE).fit(SHOTS, [], prompts={}, seed=0, workdir=tmp_path)
+    with pytest.raises(ValueError, match="request 1 has no mask or an all-black one"):
+        fitted.sample([request(1, mask=torch.zeros(1, 64, 64, dtype=torch.bool))])
+    with pytest.raises(ValueError, match="is not fitted"):
+        DefectSynth(fitted.config, BASE).sample(REQUESTS)
+    fitted.save(tmp_path)
+    described = (tmp_path / "method.json").read_text().replace(BASE.digest, "0" * 64)
+    (tmp_path / "method.json").write_text(described)
+    with pytest.raises(ValueError, match="was fitted on another base model than 'tiny': fit it anew"):
+        DefectSynth.load(tmp_path, BASE)
+
+
+def test_one_shot_is_enough_to_start(tmp_path):
+    method = DefectSynth(DefectSynthConfig(**QUICK), BASE)
+    method.fit(SHOTS[:1], [], prompts=PROMPTS, seed=0, workdir=tmp_path)
+    assert images(method).isfinite().all()
