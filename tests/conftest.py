@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from defectlib import params, paths
+from defectlib import backbone, params, paths, pretrain
 from defectlib.data import mini
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -26,6 +26,22 @@ def tiny_parameters(tiny_mini, tmp_path):
     return params.validate(
         {"profile": "smoke", "data_root": str(tiny_mini), "runs_root": str(tmp_path / "runs")}, "test"
     )
+
+
+@pytest.fixture(scope="session")
+def untrained_folder(tmp_path_factory):
+    """A base model of the small one's shape, with the weights that it starts from, in diffusers' layout."""
+    folder, tokenizer = tmp_path_factory.mktemp("base"), pretrain.new_tokenizer()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        pretrain.save(pretrain.new_vae(0), pretrain.new_unet(), pretrain.new_text_encoder(tokenizer), tokenizer, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def untrained(untrained_folder):
+    """The same, loaded."""
+    return backbone.load(str(untrained_folder), device="cpu")
 
 
 @pytest.fixture

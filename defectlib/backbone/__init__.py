@@ -128,7 +128,7 @@ def how_to_get(name: str) -> str:
     """The command that brings a base model here."""
     entry = known().get(name, {})
     if "repository" not in entry:
-        return "run `git checkout -- defectlib/backbone/tiny`, or train it anew by `make backbone`"
+        return "train it by `make backbone`"
     patterns = " ".join(f"--include '{pattern}'" for pattern in ("*.json", "tokenizer/*", *WEIGHT_FILES))
     target = folder_of(name)
     return f"run `hf download {entry['repository']} --revision {entry['revision']} {patterns} --local-dir {target}`"

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from defectlib import backbone, params, sampling
+from defectlib import sampling
 from defectlib.methods import base
 from defectlib.types import Sample, Shot
 
@@ -27,12 +27,10 @@ def shot(defect, k):
 
 SHOTS = [shot(defect, k) for defect in PROMPTS for k in range(3)]
 NORMALS = [surface(k) for k in range(4)]
-QUICK = params.load_profile("smoke").methods
-BASE = backbone.load("tiny", device="cpu")
-
-
-def method_base(method):
-    return BASE if method.needs_backbone else None
+QUICK = {
+    "crop_paste": {},
+    "defectsynth": {"steps": 2, "train_batch_size": 2, "num_inference_steps": 2, "batch_size": 2},
+}
 
 
 def mask_source(rng, shots, normal):
@@ -40,9 +38,9 @@ def mask_source(rng, shots, normal):
 
 
 @pytest.fixture(scope="module", params=base.names())
-def fitted(request, tmp_path_factory):
+def fitted(request, untrained, tmp_path_factory):
     cls = base.get(request.param)
-    method = cls(base.configure(request.param, QUICK[request.param]), method_base(cls))
+    method = cls(base.configure(request.param, QUICK[request.param]), untrained)
     method.fit(SHOTS, NORMALS, prompts=PROMPTS, seed=0, workdir=tmp_path_factory.mktemp("fit"))
     source = None if cls.makes_masks else mask_source
     return method, sampling.plan(SHOTS, NORMALS, 4, source, 0, PROMPTS, group_size=2)
@@ -101,18 +99,18 @@ def test_the_defect_is_really_drawn(fitted):
             assert torch.equal(sample.mask, request.mask)
 
 
-def test_save_and_load_give_the_same_images(fitted, tmp_path):
+def test_save_and_load_give_the_same_images(fitted, untrained, tmp_path):
     method, requests = fitted
     method.save(tmp_path)
     assert {f.suffix for f in tmp_path.rglob("*") if f.is_file()} <= {".safetensors", ".json"}
-    loaded = type(method).load(tmp_path, method_base(method))
+    loaded = type(method).load(tmp_path, untrained)
     assert loaded.config == method.config
     assert all(same(a, b) for a, b in zip(loaded.sample(requests), method.sample(requests), strict=True))
 
 
-def test_fit_is_a_function_of_its_seed(fitted, tmp_path):
+def test_fit_is_a_function_of_its_seed(fitted, untrained, tmp_path):
     method, requests = fitted
-    again = type(method)(method.config, method_base(method))
+    again = type(method)(method.config, untrained)
     again.fit(SHOTS, NORMALS, prompts=PROMPTS, seed=0, workdir=tmp_path)
     assert all(same(a, b) for a, b in zip(again.sample(requests[:2]), method.sample(requests[:2]), strict=True))
 
@@ -129,7 +127,7 @@ def test_unknown_configuration_is_refused(fitted):
         base.configure(type(fitted[0]).name, {"no_such_field": 1})
 
 
-def test_no_shots_is_refused(fitted, tmp_path):
+def test_no_shots_is_refused(fitted, untrained, tmp_path):
     with pytest.raises(ValueError, match="at least one shot"):
-        method = type(fitted[0])(fitted[0].config, method_base(fitted[0]))
+        method = type(fitted[0])(fitted[0].config, untrained)
         method.fit([], NORMALS, prompts=PROMPTS, seed=0, workdir=tmp_path)
