@@ -3,11 +3,12 @@
 PROFILE ?= demo
 DATASET ?= mini
 PY := .venv/bin/python
-OPTIONS = --profile $(PROFILE) --dataset $(DATASET) $(if $(DATA_ROOT),--data-root "$(DATA_ROOT)") $(if $(GRID),--grid $(GRID)) \
-  $(if $(SPLIT),--split $(SPLIT)) $(if $(TILES),--tiles $(TILES)) $(if $(CATEGORY),--category $(CATEGORY)) \
-  $(if $(METHODS),--methods $(METHODS)) $(if $(SEEDS),--seeds $(SEEDS)) $(if $(CORES),--cores $(CORES))
+OPTIONS = --profile "$(PROFILE)" --dataset "$(DATASET)" $(if $(DATA_ROOT),--data-root "$(DATA_ROOT)") \
+  $(if $(GRID),--grid "$(GRID)") $(if $(SPLIT),--split "$(SPLIT)") $(if $(TILES),--tiles "$(TILES)") \
+  $(if $(CATEGORY),--category "$(CATEGORY)") $(if $(METHODS),--methods "$(METHODS)") $(if $(SEEDS),--seeds "$(SEEDS)") \
+  $(if $(CORES),--cores "$(CORES)")
 
-.PHONY: reproduce test env lock notebooks figures bench lint doctor
+.PHONY: reproduce test env lock notebooks figures backbone bench lint doctor
 
 reproduce: .venv/complete  ## nine executed notebooks, the tables and the figures
 	$(PY) -m defectlib reproduce $(OPTIONS)
@@ -31,7 +32,10 @@ notebooks: .venv/complete  ## execute the committed notebooks in place under the
 	$(PY) -m defectlib notebooks --profile demo
 
 figures: .venv/complete  ## tables and report.html again, from the runs that are there
-	$(PY) -m defectlib report --profile $(PROFILE) --dataset $(DATASET) $(if $(SPLIT),--split $(SPLIT))
+	$(PY) -m defectlib report --profile "$(PROFILE)" --dataset "$(DATASET)" $(if $(SPLIT),--split "$(SPLIT)")
+
+backbone: .venv/complete  ## train the small base model: an hour or two on two cores, minutes on a GPU; resumable
+	$(PY) -m defectlib.pretrain
 
 bench: .venv/complete  ## every benchmark; each prints one JSON line last
 	for file in benchmarks/*.py; do $(PY) $$file || exit 1; done

@@ -34,6 +34,8 @@ NOTEBOOKS = {  # notebook -> (unit of one run, the notebooks it needs, the stage
 }
 COORDINATOR = "DEFECTLIB_COORDINATOR"
 CELL_TIMEOUT_S = 14 * 24 * 3600
+# Kernels are reached over TCP ports; unencrypted, they warn in every log.
+KERNELS = {"KernelManager": {"transport_encryption": "auto"}}
 
 
 @dataclass(frozen=True)
@@ -145,6 +147,7 @@ def execute(notebook: Path, output: Path, parameters: Parameters) -> None:
     import papermill
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
     from papermill.exceptions import PapermillExecutionError
+    from traitlets.config import Config
 
     values = parameters.model_dump(exclude_none=True)
     unknown = set(values) - notebook_parameters(notebook)
@@ -157,6 +160,7 @@ def execute(notebook: Path, output: Path, parameters: Parameters) -> None:
         papermill.execute_notebook(
             str(notebook), str(output), parameters=values, kernel_name="python3", progress_bar=False,
             cwd=str(paths.ROOT), execution_timeout=CELL_TIMEOUT_S, autosave_cell_every=300,
+            config=Config(KERNELS),
         )  # fmt: skip
     except PapermillExecutionError as error:
         message = f"{notebook.name} failed in cell {error.exec_count}: {error.ename}: {error.evalue} (see {output})"
@@ -179,6 +183,7 @@ def execute_in_place(name: str, profile: str) -> float:
     import jupytext
     import nbformat
     from nbclient import NotebookClient
+    from traitlets.config import Config
 
     clock = time.perf_counter()
     text = paths.NOTEBOOKS / f"{name}.py"
@@ -189,7 +194,9 @@ def execute_in_place(name: str, profile: str) -> float:
     threads = str(params.load_profile(profile).threads)
     os.environ.update(DEFECTLIB_PROFILE=profile, OMP_NUM_THREADS=threads, MKL_NUM_THREADS=threads)
     where = {"metadata": {"path": str(paths.ROOT)}}
-    NotebookClient(notebook, timeout=CELL_TIMEOUT_S, resources=where, store_widget_state=False).execute()
+    NotebookClient(
+        notebook, timeout=CELL_TIMEOUT_S, resources=where, store_widget_state=False, config=Config(KERNELS)
+    ).execute()
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)
     notebook.metadata["language_info"] = {"name": "python"}
@@ -240,6 +247,24 @@ def withdraw_stale_receipts(graph: dict[str, Job]) -> list[str]:
     return stale
 
 
+def finished(graph: dict[str, Job]) -> list[str]:
+    """The names of the jobs that Snakemake would not repeat: their receipts are newer than what they were made from."""
+    times: dict[str, int] = {}
+    for job in graph.values():  # each stands after those it needs
+        receipt, text = receipts(job.parameters) / f"{job.name}.json", paths.NOTEBOOKS / f"{job.notebook}.py"
+        if receipt.is_file() and all(need in times for need in job.needs):
+            made = receipt.stat().st_mtime_ns
+            if made >= max([text.stat().st_mtime_ns, *(times[need] for need in job.needs)]):
+                times[job.name] = made
+    return list(times)
+
+
+def progress(graph: dict[str, Job], name: str) -> str:
+    """The line that a finished job shows: how many are finished, its name and its seconds."""
+    receipt = receipts(graph[name].parameters) / f"{name}.json"
+    return f"[{len(finished(graph))}/{len(graph)}] {name} … {json.loads(receipt.read_text())['wall_s']:.0f} s"
+
+
 def snakemake(values: dict[str, Any], folder: Path, words: list[str]) -> list[str]:
     """The command line that runs ``workflow/Snakefile`` with these configuration values in ``folder``."""
     config = folder / "batch.json"
@@ -275,9 +300,12 @@ def reproduce(values: dict[str, Any], words: list[str]) -> None:
     os.ftruncate(lock, 0)
     os.pwrite(lock, str(os.getpid()).encode(), 0)
     os.set_inheritable(lock, True)
-    stale = withdraw_stale_receipts(jobs(parameters, values["categories"], values["grouping"]))
+    graph = jobs(parameters, values["categories"], values["grouping"])
+    stale = withdraw_stale_receipts(graph)
     if stale:
         print("to be made again:", ", ".join(stale), flush=True)
+    if done := finished(graph):
+        print(f"continuing: {len(done)} of {len(graph)} done", flush=True)
     command = snakemake(values, folder, words)
     if any((folder / ".snakemake" / "locks").glob("*")):
         subprocess.run([*command, "--unlock", "--cores", "1", "--quiet", "all"], check=True, stderr=subprocess.DEVNULL)

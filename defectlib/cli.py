@@ -7,7 +7,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from defectlib import params, paths
 from defectlib.params import Parameters
@@ -26,20 +26,28 @@ def main(words: list[str] | None = None) -> None:
         sys.exit(1)
 
 
+class _Parser(argparse.ArgumentParser):
+    """One sentence instead of argparse's usage lines; ``--help`` still prints them."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"defectlib: {message}\n")
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    top = argparse.ArgumentParser(prog="defectlib", description="Few-shot defect image generation, reproduced.")
+    top = _Parser(prog="defectlib", description="Few-shot defect image generation, reproduced.")
     commands = top.add_subparsers(required=True, metavar="command")
 
     one = commands.add_parser("reproduce", help="run all nine notebooks on a data set, then the tables and figures")
     _data_options(one)
     one.add_argument("--grid", choices=["full"], help="all categories and defects, not only the profile's first ones")
-    one.add_argument("--category", help="comma-separated categories instead of the profile's first ones")
-    one.add_argument("--methods", help="comma-separated methods instead of the profile's")
-    one.add_argument("--seeds", help="comma-separated seeds instead of the profile's")
+    one.add_argument("--category", type=_names, help="comma-separated categories instead of the profile's first ones")
+    one.add_argument("--methods", type=_names, help="comma-separated methods instead of the profile's")
+    one.add_argument("--seeds", type=_seeds, help="comma-separated seeds instead of the profile's")
     one.add_argument("--grouping", choices=["category", "run"], default="category", help="what one job covers")
-    one.add_argument("--cores", type=int, default=os.cpu_count(), help="jobs at a time on one machine")
-    one.add_argument("--workflow-profile", default="default", help="folder of workflow/profiles: default or slurm")
+    one.add_argument("--cores", type=_cores, default=os.cpu_count(), help="jobs at a time on one machine")
+    known = sorted(folder.name for folder in (paths.ROOT / "workflow" / "profiles").glob("*"))
+    one.add_argument("--workflow-profile", choices=known, default="default", help="a folder of workflow/profiles")
     one.add_argument("--dry-run", action="store_true", help="print what would run")
     one.set_defaults(run=_reproduce)
 
@@ -73,35 +81,53 @@ def _data_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--dataset", default="mini", help="mini, mvtec_ad, gdxray, magnetic_tile, ..., or folder")
     sub.add_argument("--data-root", help="where the data set lies; default data/<dataset>")
     sub.add_argument("--split", choices=["first_third", "random_thirds", "all_shots"], help="default: the profile's")
-    sub.add_argument("--tiles", help="side of square crops in px, or auto, or none; default: as the data set needs")
+    sub.add_argument(
+        "--tiles", type=_tiles, help="side of square crops in px, or auto, or none; default: as the data set needs"
+    )
     sub.add_argument("--runs", help="the runs folder; default runs/")
     sub.add_argument("--figures", help="where tables and figures go; default: figures/ for mini, else beside the runs")
 
 
+def _names(text: str) -> list[str]:
+    names = [word.strip() for word in text.split(",") if word.strip()]
+    if not names:
+        raise argparse.ArgumentTypeError(f"'{text}' names nothing; give names with commas between them")
+    return list(dict.fromkeys(names))
+
+
+def _seeds(text: str) -> list[int]:
+    if wrong := [word for word in _names(text) if not word.isdecimal()]:
+        raise argparse.ArgumentTypeError(f"'{wrong[0]}' is not a whole number from 0 up; give for example 0,1,2")
+    return [int(word) for word in _names(text)]
+
+
+def _cores(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number from 1 up")
+    return int(text)
+
+
+def _tiles(text: str) -> int | str:
+    return int(text) if text.isdecimal() else text
+
+
 def _parameters(a: argparse.Namespace, **more: Any) -> Parameters:
-    tiles = int(a.tiles) if (a.tiles or "").isdigit() else a.tiles
     values = {
         "profile": a.profile, "dataset": a.dataset, "data_root": a.data_root and str(Path(a.data_root).resolve()),
-        "split": a.split, "tiles": tiles, "runs_root": a.runs and str(Path(a.runs).resolve()),
+        "split": a.split, "tiles": a.tiles, "runs_root": a.runs and str(Path(a.runs).resolve()),
         "figures_root": a.figures and str(Path(a.figures).resolve()), **more,
     }  # fmt: skip
     return params.validate({name: value for name, value in values.items() if value is not None}, "command line")
-
-
-def _listed(text: str | None) -> list[str] | None:
-    return [word.strip() for word in text.split(",") if word.strip()] if text else None
 
 
 def _reproduce(a: argparse.Namespace) -> int:
     from defectlib import batch, prepare, stages
     from defectlib.methods import base
 
-    seeds = _listed(a.seeds)
-    more = {"methods": _listed(a.methods), "seeds": [int(s) for s in seeds] if seeds else None, "grid": a.grid}
-    parameters = _parameters(a, **more)
+    parameters = _parameters(a, methods=a.methods, seeds=a.seeds, grid=a.grid)
     for name in parameters.methods or []:
         base.get(name)
-    chosen = _listed(a.category) or prepare.categories(parameters)
+    chosen = a.category or prepare.categories(parameters)
     for category in chosen:
         stages.study(parameters.model_copy(update={"category": category}))
     values = {
@@ -119,6 +145,7 @@ def _run_job(a: argparse.Namespace) -> int:
     values = json.loads(a.batch.read_text())
     graph = batch.jobs(params.validate(values["parameters"]), values["categories"], values["grouping"])
     batch.run_job(graph[a.job])
+    print(batch.progress(graph, a.job))
     return 0
 
 
@@ -138,6 +165,8 @@ def _report(a: argparse.Namespace) -> int:
 def _notebooks(a: argparse.Namespace) -> int:
     from defectlib import batch
 
+    if unknown := [name for name in a.names if name not in batch.NOTEBOOKS]:
+        raise ValueError(f"there is no notebook '{unknown[0]}'; there are: {', '.join(batch.NOTEBOOKS)}")
     for name in a.names or batch.NOTEBOOKS:
         print(name, f"{batch.execute_in_place(name, a.profile):.0f} s", flush=True)
     return 0

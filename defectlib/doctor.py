@@ -6,6 +6,8 @@ import importlib.metadata
 import platform
 from pathlib import Path
 
+from packaging.requirements import Requirement
+
 from defectlib import params, paths, runs
 from defectlib.data import layouts
 from defectlib.metrics import files
@@ -28,11 +30,7 @@ def _machine() -> tuple[str, list[str]]:
 
 def _packages() -> tuple[str, list[str]]:
     """Installed against locked versions."""
-    locked = dict(
-        line.split(";")[0].split(" \\")[0].strip().split("==")
-        for line in (paths.ROOT / "requirements.lock").read_text().splitlines()
-        if "==" in line and not line.startswith((" ", "#"))
-    )
+    locked = locked_versions((paths.ROOT / "requirements.lock").read_text())
     lines = []
     for name in runs.PACKAGES:
         try:
@@ -43,6 +41,18 @@ def _packages() -> tuple[str, list[str]]:
         same = here.split("+")[0] == locked.get(name, here)
         lines.append(f"{name:28} {here}{'' if same else f'  (locked: {locked[name]}; make env)'}")
     return "Packages", lines
+
+
+def locked_versions(text: str) -> dict[str, str]:
+    """Name -> version of a lock file's pins, of those whose marker holds for the Python that runs."""
+    pins = [
+        Requirement(line.removesuffix("\\"))
+        for line in text.splitlines()
+        if "==" in line and not line.startswith((" ", "#"))
+    ]
+    return {
+        pin.name: str(pin.specifier).removeprefix("==") for pin in pins if pin.marker is None or pin.marker.evaluate()
+    }
 
 
 def _profiles() -> tuple[str, list[str]]:

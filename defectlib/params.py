@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from defectlib import paths
 
+MIN_TILE = 16
 SplitRule = Literal["first_third", "random_thirds", "all_shots"]
 
 
@@ -122,6 +123,14 @@ class Parameters(Strict):
     runs_root: str | None = None
     figures_root: str | None = None
 
+    @field_validator("tiles", mode="before")
+    @classmethod
+    def _tiles(cls, value: Any) -> Any:
+        """One sentence for all that is wrong; pydantic has one for each member of a union."""
+        if value in (None, "auto", "none") or (isinstance(value, int) and value >= MIN_TILE):
+            return value
+        raise ValueError(f"'{value}' is neither a side of {MIN_TILE} px or more, nor auto, nor none")
+
     @property
     def profile_name(self) -> str:
         """The profile: as given, else ``DEFECTLIB_PROFILE``, else smoke."""
@@ -154,7 +163,9 @@ def explain(error: ValidationError, source: str) -> ValueError:
         unknown = (
             f"unknown parameter (known: {known})" if "\n" not in known and len(item["loc"]) == 1 else "unknown key"
         )
-        parts.append(f"{where}: {unknown if item['type'] == 'extra_forbidden' else item['msg']}")
+        parts.append(
+            f"{where}: {unknown if item['type'] == 'extra_forbidden' else item['msg'].removeprefix('Value error, ')}"
+        )
     return ValueError(f"{source}: " + "; ".join(parts))
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -15,21 +16,27 @@ import numpy as np
 import pandas as pd
 
 from defectlib import params, paths
-from defectlib.data import audit, layouts, mini, splits, tiles
+from defectlib.data import audit, catalog, layouts, mini, splits, tiles
 from defectlib.masks import trimap
 from defectlib.params import Parameters
 
 
 def data_root(parameters: Parameters) -> Path:
-    """Where the data set lies: as given, else ``data/<dataset>``; the built-in benchmark is built there once."""
+    """Where the data set lies: as given, else ``data/<dataset>``; the built-in benchmark is built there once.
+
+    Raises:
+        ValueError: There is no data set of this name.
+        FileNotFoundError: The folder does not exist.
+    """
+    entry = catalog.dataset(parameters.dataset)
     root = Path(parameters.data_root) if parameters.data_root else paths.DATA / parameters.dataset
     if parameters.dataset == "mini" and parameters.data_root is None:
         with paths.locked(root.parent / ".mini.lock"):
+            if not root.is_dir():
+                print(f"drawing mini into {root} (once)", file=sys.stderr, flush=True)
             return mini.build(root)
     if not root.is_dir():
-        known = layouts.DATASETS.get(parameters.dataset)
-        how = known.obtain if known else f"known data sets: {', '.join(layouts.DATASETS)}"
-        raise FileNotFoundError(f"{root} is not a folder: give DATA_ROOT=... ({how})")
+        raise FileNotFoundError(f"{root} is not a folder: give DATA_ROOT=... ({entry.obtain})")
     return root
 
 
@@ -81,7 +88,7 @@ def manifest(parameters: Parameters, seed: int = 0) -> pd.DataFrame:
     ``random_thirds`` has one manifest a seed: the partition is the seed.
 
     Raises:
-        ValueError: The audit found what would spoil a run, or the split leaks.
+        ValueError: The run folder belongs to other data, the audit found what would spoil a run, or the split leaks.
     """
     rule = parameters.settings().data.split
     partition = seed if rule == "random_thirds" else 0
@@ -93,14 +100,22 @@ def manifest(parameters: Parameters, seed: int = 0) -> pd.DataFrame:
     }  # fmt: skip
     target, mark = folder / f"split_p{partition}.csv", folder / f"split_p{partition}.json"
     with paths.locked(folder / ".split.lock"):
-        if not (target.is_file() and mark.is_file() and json.loads(mark.read_text()) == stamp):
+        kept = json.loads(mark.read_text()) if mark.is_file() else {}
+        # Data that were moved are the same; other files at another place would replace the runs of the first.
+        if kept and kept["root"] != stamp["root"] and kept["files"] != stamp["files"]:
+            raise ValueError(
+                f"{folder} holds the runs on {kept['root']}, so those on {root.resolve()} need a runs folder of their "
+                f"own: put DEFECTLIB_RUNS=/path before the command, or move {folder} away"
+            )
+        if kept != stamp or not target.is_file():
             print(f"auditing and splitting {parameters.dataset} in {root} (once)", file=sys.stderr, flush=True)
             found = audit.audit(parameters.dataset, root)
             if audit.spoils(found):
                 first = found[found["severity"] == "error"].iloc[0]
+                place = "" if first["file"] == "." else f": {first['file']}"
                 raise ValueError(
-                    f"{root} would spoil a run: {first['problem']}: {first['file']}. {first['remedy']} "
-                    f"(all findings: python -m defectlib audit --dataset {parameters.dataset} --data-root {root})"
+                    f"{root} would spoil a run: {first['problem']}{place}. {first['remedy']} (all findings: "
+                    f"python -m defectlib audit --dataset {parameters.dataset} --data-root {shlex.quote(str(root))})"
                 )
             table = splits.split(read_index(parameters, root), root, rule, partition)
             splits.check(table)

@@ -1,6 +1,7 @@
 """Strict runs: what papermill lets pass is an error here. Each execution starts a real kernel."""
 
 import json
+import os
 
 import nbformat
 import pytest
@@ -25,11 +26,12 @@ def run(tmp_path, *cells, **parameters):
     batch.execute(source, tmp_path / "out" / "n.ipynb", Parameters(profile="smoke", **parameters))
 
 
-def test_parameters_arrive_as_they_were_given(tmp_path):
+def test_parameters_arrive_as_they_were_given(tmp_path, capfd):
     """papermill's command line would turn the category '01' into 1."""
     check = f"assert category == '01' and seeds == [0, 1]; open({str(tmp_path / 'seen')!r}, 'w').write(dataset)"
     run(tmp_path, check, category="01", seeds=[0, 1], dataset="btad")
     assert (tmp_path / "seen").read_text() == "btad"
+    assert capfd.readouterr().err == "", "no kernel warns in the log of a good run"
 
 
 def test_unknown_parameter_is_refused_before_the_kernel_starts(tmp_path):
@@ -86,7 +88,7 @@ def test_graph_by_run_has_a_job_a_method_and_seed():
 
 
 def test_receipts_without_their_stage_files_are_withdrawn(tmp_path):
-    asked = Parameters(profile="smoke", runs_root=str(tmp_path))
+    asked = Parameters(profile="smoke", methods=["crop_paste"], runs_root=str(tmp_path))
     graph = batch.jobs(asked, ["nut"])
     job = graph["05_training.nut"]
     (stage,) = batch.stage_files(job.parameters, "fit")
@@ -101,6 +103,22 @@ def test_receipts_without_their_stage_files_are_withdrawn(tmp_path):
     paths.write_text(receipt, json.dumps(content))
     stage.unlink()
     assert batch.withdraw_stale_receipts(graph) == ["05_training.nut"]
+
+
+def test_finished_is_what_is_newer_than_all_it_was_made_from(tmp_path):
+    graph = batch.jobs(Parameters(profile="smoke", runs_root=str(tmp_path)), ["nut"])
+    chain = ["01_data", "05_training.nut", "06_generation.nut"]
+    files = [batch.receipts(graph[name].parameters) / f"{name}.json" for name in chain]
+    assert batch.finished(graph) == []
+    for file in files:
+        paths.write_text(file, json.dumps({"wall_s": 12.4}))
+    assert batch.finished(graph) == chain
+    assert batch.progress(graph, "05_training.nut") == "[3/9] 05_training.nut … 12 s"
+    later = files[2].stat().st_mtime + 10
+    os.utime(files[1], (later, later))
+    assert batch.finished(graph) == chain[:2], "generation is older than the training it needs"
+    files[0].unlink()
+    assert batch.finished(graph) == [], "what needs a missing one is missing too"
 
 
 def test_every_notebook_has_a_place_in_the_graph():

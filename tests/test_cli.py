@@ -37,7 +37,17 @@ def test_audit_ends_with_one_where_a_run_would_be_spoiled(capsys, tiny_mini, tmp
         (("reproduce", "--profile", "smoke", "--dataset", "mvtec_ad", "--data-root", "nowhere"), "is not a folder"),
         (("reproduce", "--profile", "smoke", "--tiles", "many"), "tiles"),
         (("reproduce", "--profile", "smoke", "--methods", "cut_paste"), "no method 'cut_paste'"),
-        (("audit", "--dataset", "mvtec", "--data-root", "."), "mvtec"),
+        (("reproduce", "--tiles", "8"), "tiles: '8' is neither a side of 16 px or more, nor auto, nor none"),
+        (("reproduce", "--methods", ","), "--methods: ',' names nothing"),
+        (("reproduce", "--category", " , "), "--category: ' , ' names nothing"),
+        (("reproduce", "--seeds", "0,a"), "--seeds: 'a' is not a whole number from 0 up"),
+        (("reproduce", "--cores", "0"), "--cores: '0' is not a whole number from 1 up"),
+        (("reproduce", "--split", "half"), "--split: invalid choice: 'half'"),
+        (("reproduce", "--workflow-profile", "slrum"), "--workflow-profile: invalid choice: 'slrum'"),
+        (("reproduce", "--dataset", "mvtek_ad"), "there is no data set 'mvtek_ad'; known: mini, mvtec_ad"),
+        (("notebooks", "01_data", "07_qualty"), "there is no notebook '07_qualty'; there are: 01_data, "),
+        (("reprodcue",), "invalid choice: 'reprodcue'"),
+        (("audit", "--dataset", "mvtec", "--data-root", "."), "there is no data set 'mvtec'"),
     ],
 )
 def test_bad_input_is_one_sentence_and_exit_code_2(capsys, words, message):

@@ -16,7 +16,9 @@ def test_shipped_profiles_are_valid():
         ({"category": 1}, "category: .*string"),
         ({"seeds": ["0"]}, r"seeds\.0: .*integer"),
         ({"split": "half"}, "split: .*first_third"),
-        ({"tiles": "some"}, "tiles"),
+        ({"tiles": "some"}, "^parameters: tiles: 'some' is neither a side of 16 px or more, nor auto, nor none$"),
+        ({"tiles": 15}, "tiles: '15' is neither"),
+        ({"tiles": True}, "tiles: 'True' is neither"),
     ],
 )
 def test_wrong_parameters_are_refused(values, message):

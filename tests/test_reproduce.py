@@ -2,6 +2,8 @@
 
 import json
 import os
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -31,9 +33,10 @@ def wait_for(condition, seconds=240):
 
 
 def test_a_killed_batch_goes_on_where_it_stopped(tiny_mini, tmp_path):
-    folder = tmp_path / "runs" / "smoke" / "mini"
-    category = sorted(p.name for p in tiny_mini.iterdir() if p.is_dir())[0]
-    words = command(tmp_path, "--data-root", str(tiny_mini), "--category", category)
+    folder = tmp_path / "runs" / "smoke" / "folder"
+    root, category = tmp_path / "my parts", "metal nut"
+    shutil.copytree(min(p for p in tiny_mini.iterdir() if p.is_dir()), root / category)
+    words = command(tmp_path, "--dataset", "folder", "--data-root", str(root), "--category", category)
     first = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     wait_for(lambda: any(name.startswith(("03", "04", "05")) for name in receipts(folder)) or first.poll() is not None)
     assert first.poll() is None, "still at work"
@@ -43,14 +46,19 @@ def test_a_killed_batch_goes_on_where_it_stopped(tiny_mini, tmp_path):
     assert 0 < len(done) < len(batch.NOTEBOOKS), "killed in the middle"
     again = subprocess.run(words, capture_output=True, text=True, timeout=900)
     assert again.returncode == 0, again.stderr[-3000:]
+    assert f"continuing: {len(done)} of 9 done" in again.stdout
+    assert "[9/9] " in again.stdout and f"] 07_quality.{category} … " in again.stdout
     after = receipts(folder)
     assert {name: after[name] for name in done} == done, "what was complete is not repeated"
     assert {name.split(".")[0] for name in after} == set(batch.NOTEBOOKS) | {"report"}
     page = folder / "figures" / "report.html"
     assert page.stat().st_size > 20_000 and (folder / "figures" / "table_2.csv").is_file()
     assert json.loads((folder / "notebooks" / "report.json").read_text())["page"] == str(page)
-    undisturbed = {"profile": "smoke", "data_root": str(tiny_mini), "runs_root": str(tmp_path / "undisturbed")}
-    s = stages.study(params.validate({**undisturbed, "category": category}))
+    undisturbed = {
+        "profile": "smoke", "dataset": "folder", "data_root": str(root), "category": category,
+        "runs_root": str(tmp_path / "undisturbed"),
+    }  # fmt: skip
+    s = stages.study(params.validate(undisturbed))
     for stage in (stages.quality, stages.downstream):
         values = [m["value"] for m in stage(s, "crop_paste", 0)["metrics"]]
         ours = RunFolder(folder / category / "crop_paste" / "s0").record(stage.__name__)
@@ -75,6 +83,16 @@ def test_a_second_batch_on_the_same_folder_waits_its_turn(tiny_mini, tmp_path, m
         }  # fmt: skip
         with pytest.raises(RuntimeError, match="process 4711 is already working in .*: wait for it or stop it"):
             batch.reproduce(values, [])
+
+
+def test_make_hands_over_values_with_spaces():
+    values = ["DATASET=folder", "DATA_ROOT=/my parts", "CATEGORY=metal nut,gear", "SEEDS=0, 1"]
+    shown = subprocess.run(
+        ["make", "-n", "reproduce", *values], capture_output=True, text=True, cwd=paths.ROOT
+    ).stdout.splitlines()[-1]
+    given = shlex.split(shown)
+    assert given[:4] == [".venv/bin/python", "-m", "defectlib", "reproduce"]
+    assert {"/my parts", "metal nut,gear", "0, 1", "folder"} <= set(given)
 
 
 @pytest.mark.parametrize("profile", ["default", "slurm"])

@@ -35,7 +35,7 @@ MAX_CLASSES, MIN_CLASS_SHARE = 4, 0.05
 # problem -> (severity, remedy). An error would stop a run or spoil its numbers; a warning costs images; a note informs.
 PROBLEMS = {
     "no such folder": ("error", "Give the folder of the data set; to obtain it: {obtain}."),
-    "nothing in this layout": ("error", "Lay the folder out as the reader expects; to obtain the data: {obtain}."),
+    "nothing in this layout": ("error", "It should hold {layout}."),
     UNREADABLE_FOLDER: ("error", "Give yourself the right to read it, or remove it."),
     SYMLINK_LOOP: ("error", "Remove the link: it leads back into its own folder."),
     BROKEN_LINK: ("error", "Restore the link's target, or remove the link."),
@@ -82,7 +82,8 @@ class _Report:
 
     def add(self, problem: str, category: str, file: str, detail: str = "") -> None:
         severity, remedy = PROBLEMS[problem]
-        self.lines.append((severity, problem, category, file, remedy.format(obtain=self.entry.obtain, detail=detail)))
+        facts = {"obtain": self.entry.obtain, "layout": layouts.expected(self.entry), "detail": detail}
+        self.lines.append((severity, problem, category, file, remedy.format(**facts)))
 
     def note(self, problem: str, category: str, defect: str, file: str, detail: str = "") -> None:
         self.notes[problem, category, defect, detail].append(file)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from defectlib import images
-from defectlib.data import catalog, inpaint
+from defectlib.data import catalog, inpaint, readers
 from defectlib.data.catalog import DATASETS, Dataset
 from defectlib.data.readers import GOOD
 
@@ -44,12 +45,19 @@ def index(name: str, root: Path | str) -> pd.DataFrame:
         path, problem = scan.troubles[0]
         raise FileNotFoundError(
             f"{root / path}: {problem}; repair or remove it (all findings: python -m defectlib audit --dataset {name} "
-            f"--data-root {root})"
+            f"--data-root {shlex.quote(str(root))})"
         )
     if not scan.rows:
-        raise FileNotFoundError(f"{root} holds nothing in the layout of {entry.title}; to obtain it: {entry.obtain}")
+        raise FileNotFoundError(
+            f"{root} holds nothing in the layout of {entry.title}; it should hold {expected(entry)}"
+        )
     table = pd.DataFrame(scan.rows).assign(dataset=name, box="", derive="")
     return sort(_without_normal_masks(entry.complete(table, root, entry.mask_threshold)))[COLUMNS]
+
+
+def expected(entry: Dataset) -> str:
+    """What a data set's folder should hold; of a reader from outside, only how its data are obtained is known."""
+    return readers.EXPECTED.get(entry.reader, f"the data set ({entry.obtain})")
 
 
 def _without_normal_masks(table: pd.DataFrame) -> pd.DataFrame:

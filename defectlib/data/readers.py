@@ -248,3 +248,14 @@ def ksdd2(root: Path | str) -> Scan:
             scan.add("ksdd2", "", f"{role}_{_stem(name)}", role, join(role, name), join(role, mask) if mask else "")
         scan.orphans += [join(role, name) for name in masks.values()]
     return scan
+
+
+# Reader -> what it looks for in a folder, for the sentence that says that nothing of it is there.
+EXPECTED = {
+    mvtec: "<category>/train/good, <category>/test/<defect> and <category>/ground_truth/<defect>/<same name>_mask.png",
+    btad: "<category>/train/ok, <category>/test/ko and <category>/ground_truth/ko",
+    magnetic_tile: "MT_<Class>/Imgs, with images <name>.jpg and masks <name>.png",
+    gdxray: "W0001 (images) and W0002 (masks)",
+    deepcrack: "train_img, train_lab, test_img and test_lab",
+    ksdd2: "train and test, with images <number>.png and masks <number>_GT.png",
+}

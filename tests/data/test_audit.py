@@ -161,6 +161,9 @@ def test_nothing_to_look_at(tmp_path):
     assert missing["problem"].tolist() == ["no such folder"] and "register at" in missing["remedy"].item()
     empty = audit.audit("ksdd2", tmp_path)
     assert empty["problem"].tolist() == ["nothing in this layout"] and audit.spoils(empty)
+    assert empty["remedy"].item() == (
+        "It should hold train and test, with images <number>.png and masks <number>_GT.png."
+    )
     with pytest.raises(ValueError, match="no data set 'x'"):
         audit.audit("x", tmp_path)
 

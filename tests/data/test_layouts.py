@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from defectlib.data import inpaint, layouts
+from defectlib.data import inpaint, layouts, readers
 
 
 def counts(table):
@@ -155,8 +155,11 @@ def test_image_and_mask_of_a_row_are_cut_alike(plate, box):
 def test_errors_say_how_to_obtain_the_data(tmp_path):
     with pytest.raises(FileNotFoundError, match="mvtec.com/company/research/datasets/mvtec-ad,"):
         layouts.index("mvtec_ad", tmp_path / "missing")
-    with pytest.raises(FileNotFoundError, match="nothing in the layout of KolektorSDD2"):
+    with pytest.raises(
+        FileNotFoundError, match="nothing in the layout of KolektorSDD2; it should hold train and test,"
+    ):
         layouts.index("ksdd2", tmp_path)
+    assert {entry.reader for entry in layouts.DATASETS.values()} == set(readers.EXPECTED)
     with pytest.raises(ValueError, match="no data set 'mvtec'; known: mini, mvtec_ad"):
         layouts.index("mvtec", tmp_path)
 
