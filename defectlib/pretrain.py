@@ -117,6 +117,7 @@ class Components:
         return F.unfold(images, CELL, stride=CELL).transpose(1, 2).flatten(0, 1)
 
     def __call__(self, images: Tensor) -> Tensor:
+        """The latents (N, 8, h, w) of images (N, 3, H, W) in [-1, 1]."""
         rows = (self._blocks(images) - self.mean) @ self.axes.T
         side = images.shape[-1] // CELL
         return rows.view(len(images), side, side, LATENT_CHANNELS).permute(0, 3, 1, 2)

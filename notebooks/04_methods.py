@@ -5,6 +5,8 @@
 #     text_representation:
 #       extension: .py
 #       format_name: percent
+#       format_version: '1.3'
+#       jupytext_version: 1.19.6
 #   kernelspec:
 #     display_name: Python 3
 #     language: python
@@ -78,7 +80,7 @@ for row, defect in enumerate(s.defects):
     patch, mask, _ = random_masks.affine_crop(shot.image, shot.mask, rng)
     normal = normals[row]
     allowed = trimap.foreground(normal)
-    y, x = random_masks.place(mask, allowed, rng)
+    y, x = random_masks.place(mask, allowed, rng) or random_masks.centred(mask, allowed)  # it may fit nowhere whole
     drawn, placed = crop_paste.paste(normal, patch, mask, y, x, feather=0)
     moved, _ = crop_paste.paste(torch.zeros_like(normal), patch, mask, y, x, feather=0)
     steps.append([shot.image, torch.where(shot.mask, shot.image, 0.0), moved, allowed, drawn])

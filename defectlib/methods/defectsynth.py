@@ -132,9 +132,9 @@ def reach(timestep: int, side: int, dilation: float) -> int:
 class DefectSynth:
     """See the module's docstring.
 
-    ``preserves_background`` is False: outside the mask the latents end as the normal's own (with ``sff_within`` "mask"),
-    so the pixels there are the VAE's reconstruction of the normal image, up to the little that the decoder's group
-    norms carry over from the defect; they are not the image's own.
+    ``preserves_background`` is False: outside the mask the latents end as the normal's own (unless ``sff_within`` is
+    "image"), so the pixels there are the VAE's reconstruction of the normal image, up to the little that the decoder's
+    group norms carry over from the defect.
     """
 
     Config = DefectSynthConfig
