@@ -43,7 +43,7 @@ class SampleSettings(Strict):
 
     n_per_defect: int = Field(ge=1, le=9999)
     group_size: int = Field(ge=1)
-    mask_source: Literal["affine", "perlin"]
+    mask_source: Literal["affine", "perlin", "hmi_image"]
 
 
 class QualitySettings(Strict):

@@ -16,13 +16,12 @@
 # %% [markdown]
 # # 2. Masks: where new defect shapes come from
 #
-# A generator that is told *where* to draw needs more masks than the few real ones. This notebook compares the sources
-# that are here today: Perlin noise (the random baseline of **Table VI**) and affine copies of real masks in image space
-# (what Table V uses when interpolation is switched off, and what Crop-Paste does with whole patches). It also finds the
-# *foreground* of a normal image without labels, because a defect must lie on the object; AdaBLDM calls the resulting
-# three-valued map a **trimap** (its Fig. 2).
-#
-# DefectSynth's own source, interpolation between two real masks, is not part of this release.
+# A generator that is told *where* to draw needs more masks than the few real ones. This notebook compares three sources:
+# Perlin noise (the random baseline of **Table VI**), affine copies of real masks in image space (what Table V uses when
+# interpolation is switched off, and what Crop-Paste does with whole patches), and DefectSynth's own, interpolation between
+# two real masks in image space. Its second branch, interpolation in latent space, is not part of this release. The notebook
+# also finds the *foreground* of a normal image without labels, because a defect must lie on the object; AdaBLDM calls the
+# resulting three-valued map a **trimap** (its Fig. 2).
 #
 # One unit of this notebook is a category.
 
@@ -42,13 +41,14 @@ runs_root = None
 figures_root = None
 
 # %%
+import ipywidgets
 import numpy as np
 import pandas as pd
 import torch
 
 from defectlib import params, stages
+from defectlib.masks import interpolation, shape, trimap
 from defectlib.masks import random as random_masks
-from defectlib.masks import shape, trimap
 from defectlib.report import figures
 
 p = params.read(globals())
@@ -71,11 +71,12 @@ pd.DataFrame(
 ).round(4)
 
 # %% [markdown]
-# ## Two sources side by side
+# ## Sources side by side
 #
 # *Perlin*: smooth noise, thresholded so that the area falls in the real range; its shapes know nothing of the defect.
 # *Affine*: a real mask, flipped, rotated about its centre (0 to 360 degrees) and scaled (0.85 to 1.15, as AdaBLDM does).
-# Each mask comes from its own seed.
+# *Interpolated*: a mask between two random shots' masks at a random weight; it needs two shots of a defect. Each mask comes
+# from its own seed.
 
 # %%
 n = 24
@@ -94,7 +95,13 @@ def affine(defect, seed):
     return shot.mask if corner is None else random_masks.at(patch, corner, (size, size))
 
 
+def interpolated(defect, seed):
+    return interpolation.hmi_image(np.random.default_rng(seed), by_defect[defect], s.normals()[0])
+
+
 sources = {"real": lambda d, i: by_defect[d][i % len(by_defect[d])].mask, "Perlin": perlin, "affine": affine}
+if min(len(few) for few in by_defect.values()) > 1:
+    sources["interpolated"] = interpolated
 drawn = {(d, name): [draw(d, i) for i in range(n)] for d in s.defects for name, draw in sources.items()}
 
 # %%
@@ -116,6 +123,51 @@ statistics = pd.DataFrame(
 summary = statistics.groupby(["defect", "source"], sort=False).mean().round(3)
 figures.save_data(statistics, folder, f"fig_2_mask_sources_{s.category}")
 summary
+
+# %% [markdown]
+# ## Between two masks
+#
+# The white pixels of the one mask travel to those of the other. The paper pairs them in raster order, which pays no heed to
+# shape; ours pairs them by optimal transport, piece by piece. A frame is kept where it has as many pieces as its endpoints
+# and an area within half to twice the interpolated one; frames that are not kept are drawn red.
+
+# %%
+forms = ("raster", "transport")
+
+
+def between(defect, form, alphas=None):
+    ends = by_defect[defect][0].mask, by_defect[defect][-1].mask
+    return interpolation.interpolate(*ends, alphas, form, by_piece=form == "transport")
+
+
+rows, outlines, kept = [], [], []
+for d in s.defects:
+    for form in forms:
+        frames = between(d, form)
+        rows.append([by_defect[d][0].mask, *frames.masks, by_defect[d][-1].mask])
+        outlines.append([None, *(mask if why else None for mask, why in zip(frames.masks, frames.refused)), None])
+        kept.append([d, form, len(frames.kept), len(frames.masks)])
+figure = figures.sheet(rows, row_labels=[f"{d}\n{form}" for d, form, *_ in kept], outline_masks=outlines)
+figures.save(figure, folder, f"fig_2_interpolation_{s.category}")
+figure
+
+# %%
+pd.DataFrame(kept, columns=["defect", "correspondence", "frames kept", "frames"])
+
+# %% [markdown]
+# With a running kernel: slide alpha from the first shot's mask to the last one's. The picture below the widget shows the
+# middle.
+
+
+# %%
+def slide(defect, form, alpha):
+    return figures.sheet([list(between(defect, form, [alpha]).masks)], row_labels=[f"{defect}\nalpha {alpha:.2f}"])
+
+
+ipywidgets.interactive(slide, defect=list(s.defects), form=list(forms[::-1]), alpha=(0.0, 1.0, 0.05))
+
+# %%
+slide(s.defects[0], "transport", 0.5)
 
 # %% [markdown]
 # ## Foreground and trimap
@@ -140,6 +192,6 @@ figure
 share = float(torch.stack(foregrounds).float().mean())
 print(f"The foreground covers {share:.0%} of the first {len(normals)} normals of {s.category}.")
 for d in s.defects:
-    real, noise, copies = (summary.loc[(d, name), "elongation"] for name in sources)
+    real, noise, copies = (summary.loc[(d, name), "elongation"] for name in ("real", "Perlin", "affine"))
     print(f"{d}: elongation {real:.1f} real, {noise:.1f} Perlin, {copies:.1f} affine copies.")
 print(stages.stamp(s))

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from torch import Tensor
 
-from defectlib.masks import random, trimap
+from defectlib.masks import interpolation, random, trimap
 from defectlib.types import Shot
 
 ATTEMPTS = 8
@@ -40,4 +40,4 @@ def perlin(rng: np.random.Generator, shots: Sequence[Shot], normal: Tensor) -> T
 
 
 MaskSource = Callable[[np.random.Generator, Sequence[Shot], Tensor], Tensor]
-SOURCES: dict[str, MaskSource] = {"affine": affine, "perlin": perlin}
+SOURCES: dict[str, MaskSource] = {"affine": affine, "perlin": perlin, "hmi_image": interpolation.hmi_image}

@@ -12,7 +12,10 @@ CAPTIONS = {
     "see of each defect; red outlines are the masks.",
     "mask_area": "How large the defects are: a dot is one real mask, the bar its defect's mean; DefectSynth "
     "interpolates masks in image space left of the dashed line and in latent space right of it.",
-    "fig_2_mask_sources": "Where masks can come from: real ones, thresholded Perlin noise, and moved real ones.",
+    "fig_2_mask_sources": "Where masks can come from: real ones, thresholded Perlin noise, moved real ones, and "
+    "interpolation between two real ones.",
+    "fig_2_interpolation": "From one mask to another: DefectSynth's interpolation in image space, with pixels "
+    "paired in raster order and by optimal transport; red frames are not kept.",
     "adabldm_fig_2_trimap": "AdaBLDM's trimap: defect white, the rest of the object grey, background black.",
     "crop_paste_steps": "Crop-Paste, step by step.",
     "crop_paste_on_off": "Crop-Paste with its options on and off, for the same requests.",
