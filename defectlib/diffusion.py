@@ -9,8 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMInverseScheduler, DDIMScheduler
 from torch import Tensor
+
+from defectlib.backbone import Backbone
+from defectlib.masks import latent
 
 # Keeps the noise added on the way apart from the noise started from, which the same seeds draw.
 FRESH = 0x5EED
@@ -93,6 +96,36 @@ def denoise(
         for hook in hooks:
             latents = hook((i + 1) / num_inference_steps, latents, step.pred_original_sample)
     return latents
+
+
+def invert(
+    predict_noise: Callable[[Tensor, Tensor], Tensor],
+    latents: Tensor,
+    scheduler: DDIMScheduler,
+    num_inference_steps: int,
+) -> Tensor:
+    """DDIM inversion: the noise (N, C, H, W) from which :func:`denoise` comes back to these latents.
+
+    The predictor is asked one step behind where :func:`denoise` will ask it, so the way back is close, not exact.
+    """
+    inverse = DDIMInverseScheduler.from_config(scheduler.config)
+    inverse.set_timesteps(num_inference_steps)
+    for timestep in inverse.timesteps:
+        latents = inverse.step(predict_noise(latents, timestep), timestep, latents).prev_sample
+    return latents
+
+
+def latent_space(base: Backbone, num_inference_steps: int = 20, prompt: str = "") -> latent.Space:
+    """A base model as the way to noise and back that ``masks.latent`` interpolates on; the released prompt is empty."""
+
+    @torch.no_grad()
+    def predict(latents: Tensor, timestep: Tensor) -> Tensor:
+        return base.unet(latents, timestep, base.embed([prompt]).expand(len(latents), -1, -1)).sample
+
+    return latent.Space(
+        lambda images: invert(predict, base.encode(images), base.scheduler, num_inference_steps),
+        lambda noise: base.decode(denoise(predict, noise, base.scheduler, num_inference_steps)),
+    )
 
 
 def noise_from_x0(noisy: Tensor, x0: Tensor, alpha_bar: Tensor) -> Tensor:

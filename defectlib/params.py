@@ -38,12 +38,13 @@ class DataSettings(Strict):
 class SampleSettings(Strict):
     """How much is drawn; ``group_size`` is the unit of resume and of fusion across samples.
 
-    ``mask_source`` names a function of ``masks.sources``; methods that draw their own masks do not use it.
+    ``mask_source`` names a function of ``masks.sources``, or of ``masks.latent`` (DefectSynth's interpolation in latent
+    space, and its hybrid ``hmi``), which need a base model; methods that draw their own masks do not use it.
     """
 
     n_per_defect: int = Field(ge=1, le=9999)
     group_size: int = Field(ge=1)
-    mask_source: Literal["affine", "perlin", "hmi_image"]
+    mask_source: Literal["affine", "perlin", "hmi_image", "hmi_latent", "hmi"]
 
 
 class QualitySettings(Strict):

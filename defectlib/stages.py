@@ -20,11 +20,12 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from defectlib import backbone, params, paths, prepare, runs, sampling
+from defectlib import backbone, diffusion, params, paths, prepare, runs, sampling
 from defectlib import downstream as models
 from defectlib.backbone import Backbone
 from defectlib.data import splits
-from defectlib.masks import sources
+from defectlib.masks import latent, sources
+from defectlib.masks.sources import MaskSource
 from defectlib.methods import base
 from defectlib.metrics import quality as quality_metrics
 from defectlib.metrics import regions
@@ -92,6 +93,13 @@ class Study:
     def backbone(self, method: str) -> Backbone | None:
         """The profile's base model, for a method that draws with one."""
         return backbone.load(self.settings.backbone) if base.get(method).needs_backbone else None
+
+    def mask_source(self) -> MaskSource:
+        """The profile's source of masks; those that interpolate in latent space do so on the profile's base model."""
+        name = self.settings.sample.mask_source
+        if name in sources.SOURCES:
+            return sources.SOURCES[name]
+        return getattr(latent, name)(diffusion.latent_space(backbone.load(self.settings.backbone)))
 
     def prompts(self) -> dict[str, str]:
         """Defect -> text prompt."""
@@ -209,7 +217,7 @@ def sample(s: Study, method: str, seed: int, progress: bool = False) -> dict[str
         return record
     with runs.stage(folder, "sample", key, s.identity(method, seed), values, {"fit": upstream["key"]}) as metrics:
         fitted = base.get(method).load(folder.model, s.backbone(method))
-        source = None if fitted.makes_masks else sources.SOURCES[s.settings.sample.mask_source]
+        source = None if fitted.makes_masks else s.mask_source()
         requests = sampling.plan(
             s.shots(seed), s.normals(seed), s.settings.sample.n_per_defect, source, seed, s.prompts(),
             s.all_defects, s.settings.sample.group_size,

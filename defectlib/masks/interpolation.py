@@ -71,10 +71,11 @@ class Frames(NamedTuple):
 # DefectSynth's choice of space: latent if the mean area ratio of the defect's masks is at least tau, else image.
 def branch(masks: Sequence[Tensor], tau: float = TAU) -> Literal["image", "latent"]:
     """Where to interpolate the masks of one defect, each bool (1, H, W)."""
-    return "latent" if np.mean([_area(mask) for mask in masks]) >= tau else "image"
+    return "latent" if np.mean([area_of(mask) for mask in masks]) >= tau else "image"
 
 
-def _area(mask: Tensor) -> float:
+def area_of(mask: Tensor) -> float:
+    """Share of the frame that a mask covers."""
     return mask.sum().item() / mask.numel()
 
 
@@ -189,11 +190,9 @@ def interpolate(
     for alpha, frame in zip(alphas, frames):
         if alpha in (0.0, 1.0):
             frame[:] = (first, second)[int(alpha)][0].numpy()
-    areas = [mask.sum().item() for mask in (first, second)]
-    refused = [
-        _refusal(frame, (1 - alpha) * areas[0] + alpha * areas[1], counts) for alpha, frame in zip(alphas, frames)
-    ]
-    return Frames(torch.from_numpy(frames)[:, None], tuple(alphas.tolist()), tuple(refused))
+    areas, masks = [area_of(mask) for mask in (first, second)], torch.from_numpy(frames)[:, None]
+    refused = [refusal(mask, (1 - alpha) * areas[0] + alpha * areas[1], counts) for alpha, mask in zip(alphas, masks)]
+    return Frames(masks, tuple(alphas.tolist()), tuple(refused))
 
 
 def _pieces(mask: NDArray[np.bool_]) -> tuple[NDArray, NDArray, int]:
@@ -203,12 +202,23 @@ def _pieces(mask: NDArray[np.bool_]) -> tuple[NDArray, NDArray, int]:
     return np.argwhere(labels) + (rows[0], columns[0]), labels[labels > 0], n
 
 
-def _refusal(frame: NDArray[np.bool_], area: float, counts: Sequence[int]) -> str:
-    """Why a frame is not kept: its pieces, where the endpoints agree on their number, or its area."""
-    ratio = frame.sum() / area
+def count_pieces(mask: Tensor) -> int:
+    """Connected pieces of a mask, bool (1, H, W), corners touching."""
+    return ndimage.label(mask[0].numpy(), _EIGHT)[1]
+
+
+def refusal(mask: Tensor, area: float, counts: Sequence[int]) -> str:
+    """Why a frame is not kept, "" if it is: its area, or its pieces where the endpoints agree on their number.
+
+    Args:
+        mask: The frame, bool (1, H, W).
+        area: The interpolated area ratio.
+        counts: Pieces of the two endpoints.
+    """
+    ratio = area_of(mask) / area
     if not KEEP[0] <= ratio <= KEEP[1]:
         return f"its area is {ratio:.2f} times the interpolated area"
-    pieces = _pieces(frame)[2]
+    pieces = count_pieces(mask)
     return f"it has {pieces} pieces instead of {counts[0]}" if counts[0] == counts[1] != pieces else ""
 
 
@@ -224,7 +234,7 @@ def flaws(mask: Tensor, allowed: Tensor, areas: tuple[float, float]) -> tuple[st
         ``("empty",)``, or any of ``"outside the foreground"`` (more than :data:`OUTSIDE` of it) and
         ``"area outside the real range"`` (with :data:`KEEP` of the ends as slack).
     """
-    area = _area(mask)
+    area = area_of(mask)
     if area == 0:
         return ("empty",)
     found = []
@@ -286,7 +296,7 @@ def hmi_image(rng: np.random.Generator, shots: Sequence[Shot], normal: Tensor, f
             "'affine', which varies a single mask"
         )
     allowed = trimap.foreground(normal)
-    areas = [_area(shot.mask) for shot in shots]
+    areas = [area_of(shot.mask) for shot in shots]
 
     def draw(source: np.random.Generator) -> Tensor | str:
         i, j = source.choice(len(shots), 2, replace=False)

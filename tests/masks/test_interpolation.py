@@ -235,11 +235,11 @@ def test_without_pairing_pieces_the_papers_order_keeps_no_frame_of_two():
 
 
 def test_refusals_say_why():
-    assert interpolation._refusal(box(8, 0, 0, 2, 2)[0].numpy(), 9.0, (1, 1)).startswith("its area is 0.44 times")
-    assert interpolation._refusal(box(8, 0, 0, 2, 2)[0].numpy(), 1.9, (1, 1)).startswith("its area is 2.11 times")
-    torn = (box(8, 0, 0, 2, 2) | box(8, 5, 5, 2, 2))[0].numpy()
-    assert interpolation._refusal(torn, 8.0, (1, 1)) == "it has 2 pieces instead of 1"
-    assert interpolation._refusal(torn, 8.0, (1, 2)) == "", "the endpoints do not agree"
+    assert interpolation.refusal(box(8, 0, 0, 2, 2), 9 / 64, (1, 1)).startswith("its area is 0.44 times")
+    assert interpolation.refusal(box(8, 0, 0, 2, 2), 1.9 / 64, (1, 1)).startswith("its area is 2.11 times")
+    torn = box(8, 0, 0, 2, 2) | box(8, 5, 5, 2, 2)
+    assert interpolation.refusal(torn, 8 / 64, (1, 1)) == "it has 2 pieces instead of 1"
+    assert interpolation.refusal(torn, 8 / 64, (1, 2)) == "", "the endpoints do not agree"
 
 
 @pytest.mark.parametrize(

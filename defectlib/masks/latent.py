@@ -1,0 +1,100 @@
+"""DefectSynth's stage 1, latent branch: masks between two masks, by interpolation of inverted latents (Eq. 4).
+
+A mask is drawn white on black, encoded, and carried to noise by DDIM inversion; two noises are interpolated along a
+sphere, denoised and decoded, and the picture is thresholded. What comes out black is counted and refused, never
+replaced by a mask from image space. The model is handed in as a :class:`Space`: masks come before models here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from defectlib.masks import trimap
+from defectlib.masks.interpolation import (
+    Frames,
+    area_of,
+    branch,
+    count_pieces,
+    flaws,
+    hmi_image,
+    redraw,
+    refusal,
+    slerp,
+    threshold,
+    weights,
+)
+from defectlib.types import Shot
+
+
+@dataclass(frozen=True, eq=False)
+class Space:
+    """A way to noise and back: images (N, 3, H, W) in [-1, 1] to noise (N, C, h, w), and noise to images.
+
+    Each mask is inverted once: a few shots serve many interpolations.
+    """
+
+    to_noise: Callable[[Tensor], Tensor]
+    from_noise: Callable[[Tensor], Tensor]
+    _known: dict[bytes, Tensor] = field(default_factory=dict, repr=False)
+
+    def noise(self, mask: Tensor) -> Tensor:
+        """The noise (C, h, w) that a mask, bool (1, H, W), comes from."""
+        key = np.packbits(mask.numpy()).tobytes()
+        if key not in self._known:
+            self._known[key] = self.to_noise(mask.float().expand(3, -1, -1)[None] * 2 - 1)[0]
+        return self._known[key]
+
+
+def interpolate(
+    first: Tensor, second: Tensor, space: Space, alphas: Sequence[float] | None = None, grey: float = 0.5
+) -> Frames:
+    """The masks between two masks in latent space; arguments and result as in ``interpolation.interpolate``.
+
+    ``grey`` is the threshold of ``interpolation.threshold``. A black frame is refused as "all black".
+    """
+    alphas = tuple(float(a) for a in (weights() if alphas is None else alphas))
+    ends = space.noise(first), space.noise(second)
+    drawn = space.from_noise(torch.stack([slerp(*ends, alpha) for alpha in alphas]))
+    masks = torch.stack([threshold(image, grey) for image in drawn])
+    areas, counts = ([measure(mask) for mask in (first, second)] for measure in (area_of, count_pieces))
+    refused = [
+        refusal(mask, (1 - alpha) * areas[0] + alpha * areas[1], counts) if mask.any() else "all black"
+        for alpha, mask in zip(alphas, masks)
+    ]
+    return Frames(masks, alphas, tuple(refused))
+
+
+def hmi_latent(space: Space) -> Callable[[np.random.Generator, Sequence[Shot], Tensor], Tensor]:
+    """The mask source that interpolates two random shots' masks in latent space, whatever their area."""
+
+    def source(rng: np.random.Generator, shots: Sequence[Shot], normal: Tensor) -> Tensor:
+        defect = f"{shots[0].category}/{shots[0].defect}"
+        if len(shots) < 2:
+            raise ValueError(f"interpolation needs two masks of {defect} and there is one: give a second shot")
+        allowed, areas = trimap.foreground(normal), [area_of(shot.mask) for shot in shots]
+
+        def draw(generator: np.random.Generator) -> Tensor | str:
+            i, j = generator.choice(len(shots), 2, replace=False)
+            frames = interpolate(shots[i].mask, shots[j].mask, space, [generator.choice(weights())])
+            return frames.refused[0] or frames.masks[0]
+
+        mask, _ = redraw(draw, rng, lambda drawn: flaws(drawn, allowed, (min(areas), max(areas))), defect)
+        return mask & allowed
+
+    return source
+
+
+def hmi(space: Space) -> Callable[[np.random.Generator, Sequence[Shot], Tensor], Tensor]:
+    """Hybrid Mask Interpolation: latent space where the mean area ratio reaches tau = 0.053, else image space."""
+    latent = hmi_latent(space)
+
+    def source(rng: np.random.Generator, shots: Sequence[Shot], normal: Tensor) -> Tensor:
+        chosen = latent if branch([shot.mask for shot in shots]) == "latent" else hmi_image
+        return chosen(rng, shots, normal)
+
+    return source

@@ -1,0 +1,92 @@
+"""The latent branch on a space that is known by hand, and the way there and back on an untrained base model."""
+
+import numpy as np
+import pytest
+import torch
+
+from defectlib import diffusion
+from defectlib.masks import interpolation, latent
+from defectlib.types import Shot
+
+NORMAL = torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(0)) * 0.2
+
+
+def disc(y, x, radius, size=32):
+    rows, columns = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
+    return ((rows - y) ** 2 + (columns - x) ** 2 <= radius**2)[None]
+
+
+def shots(*masks):
+    return [Shot(NORMAL, mask, "plate", "hole", str(k)) for k, mask in enumerate(masks)]
+
+
+def identity(calls=None):
+    """Noise is the picture itself: the interpolated picture is a mean of two pictures on the sphere."""
+
+    def to_noise(images):
+        if calls is not None:
+            calls.append(len(images))
+        return images
+
+    return latent.Space(to_noise, lambda noise: noise)
+
+
+def test_near_an_end_the_frame_is_that_end():
+    a, b = disc(12, 12, 6), disc(20, 20, 6)
+    frames = latent.interpolate(a, b, identity(), [0.02, 0.98])
+    assert torch.equal(frames.masks[0], a) and torch.equal(frames.masks[1], b) and frames.refused == ("", "")
+
+
+def test_a_black_frame_is_refused_and_named():
+    dark = latent.Space(lambda images: images, lambda noise: torch.full_like(noise, -1.0))
+    frames = latent.interpolate(disc(12, 12, 6), disc(20, 20, 6), dark)
+    assert set(frames.refused) == {"all black"} and len(frames.kept) == 0 and len(frames.masks) == 10
+
+
+def test_each_mask_is_inverted_once():
+    calls = []
+    space, masks = identity(calls), (disc(12, 12, 6), disc(20, 20, 6), disc(14, 18, 5))
+    for i, j in ((0, 1), (1, 2), (0, 2), (0, 1)):
+        latent.interpolate(masks[i], masks[j], space, [0.5])
+    assert calls == [1, 1, 1]
+
+
+def test_the_source_never_falls_back_to_image_space():
+    dark = latent.Space(lambda images: images, lambda noise: torch.full_like(noise, -1.0))
+    with pytest.raises(ValueError, match=r"plate/hole.*all black"):
+        latent.hmi_latent(dark)(np.random.default_rng(0), shots(disc(12, 12, 6), disc(20, 20, 6)), NORMAL)
+
+
+def test_one_shot_is_one_sentence():
+    with pytest.raises(ValueError, match="two masks of plate/hole and there is one"):
+        latent.hmi_latent(identity())(np.random.default_rng(0), shots(disc(12, 12, 6)), NORMAL)
+
+
+def test_the_hybrid_takes_the_space_that_the_area_asks_for():
+    calls = []
+    small, large = shots(disc(12, 12, 3), disc(20, 20, 3)), shots(disc(12, 12, 8), disc(20, 20, 8))
+    source = latent.hmi(identity(calls))
+    assert interpolation.branch([s.mask for s in small]) == "image"
+    assert source(np.random.default_rng(0), small, NORMAL).any() and calls == []
+    assert source(np.random.default_rng(0), large, NORMAL).any() and len(calls) == 2
+
+
+def test_inversion_comes_back(untrained):
+    start = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    errors = []
+    for steps in (25, 100):
+        noise = diffusion.invert(shrinking, start, untrained.scheduler, steps)
+        again = diffusion.denoise(shrinking, noise, untrained.scheduler, steps)
+        assert (noise - start).abs().max() > 0.3
+        errors.append(((again - start).norm() / start.norm()).item())
+    assert errors[1] < errors[0] / 2 < 0.05, "the finer the steps, the closer"
+
+
+def shrinking(latents, timestep):
+    return 0.1 * latents
+
+
+def test_the_base_models_space(untrained):
+    space = diffusion.latent_space(untrained, num_inference_steps=2)
+    frames = latent.interpolate(disc(24, 24, 12, 64), disc(40, 40, 12, 64), space, [0.3, 0.7])
+    assert frames.masks.shape == (2, 1, 64, 64) and frames.masks.dtype == torch.bool
