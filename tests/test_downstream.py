@@ -49,15 +49,15 @@ def test_flips_are_the_same_for_image_and_mask():
 def test_classifier_learns_and_is_a_function_of_its_seed():
     images, _, labels = discs(32, 0)
     test, _, truth = discs(16, 1)
-    state = torch.get_rng_state()
-    model, curve = downstream.train_classifier(images, labels, 2, SETTINGS, seed=0)
+    state, settings = torch.get_rng_state(), SETTINGS.model_copy(update={"steps": 30})
+    model, curve = downstream.train_classifier(images, labels, 2, settings, seed=0)
     assert torch.equal(torch.get_rng_state(), state), "the caller's random state is given back"
     p = downstream.predict_classes(model, test)
     assert p.shape == (16, 2) and torch.allclose(p.sum(1), torch.ones(16))
     assert (p.argmax(1) == truth).float().mean() > 0.8 and curve[-1] < curve[0]
-    again, _ = downstream.train_classifier(images, labels, 2, SETTINGS, seed=0)
+    again, _ = downstream.train_classifier(images, labels, 2, settings, seed=0)
     assert torch.equal(downstream.predict_classes(again, test), p)
-    other, _ = downstream.train_classifier(images, labels, 2, SETTINGS, seed=1)
+    other, _ = downstream.train_classifier(images, labels, 2, settings, seed=1)
     assert not torch.equal(downstream.predict_classes(other, test), p)
 
 
