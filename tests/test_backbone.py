@@ -13,7 +13,7 @@ from defectlib.data import mini
 def test_shapes_and_ranges(untrained):
     pictures = torch.rand(3, 3, 64, 64) * 2 - 1
     latents = untrained.encode(pictures)
-    assert latents.shape == (3, *untrained.latent_shape(64)) == (3, 8, 16, 16) and untrained.cell == 4
+    assert latents.shape == (3, *untrained.latent_shape(64)) == (3, 12, 16, 16) and untrained.cell == 4
     decoded = untrained.decode(latents)
     assert decoded.shape == pictures.shape and decoded.abs().max() <= 1
     assert not any(
