@@ -7,6 +7,7 @@ files that the notebook promises must exist; only then is the receipt written th
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import socket
@@ -192,7 +193,9 @@ def execute_in_place(name: str, profile: str) -> float:
         cell["id"] = f"{name[:2]}-{i:02d}"
     notebook.metadata["kernelspec"] = {"display_name": "Python 3", "language": "python", "name": "python3"}
     threads = str(params.load_profile(profile).threads)
-    os.environ.update(DEFECTLIB_PROFILE=profile, OMP_NUM_THREADS=threads, MKL_NUM_THREADS=threads)
+    os.environ.update(
+        DEFECTLIB_PROFILE=profile, OMP_NUM_THREADS=threads, MKL_NUM_THREADS=threads, DEFECTLIB_BATCH="1"
+    )  # fmt: skip
     where = {"metadata": {"path": str(paths.ROOT)}}
     NotebookClient(
         notebook, timeout=CELL_TIMEOUT_S, resources=where, store_widget_state=False, config=Config(KERNELS)
@@ -204,9 +207,19 @@ def execute_in_place(name: str, profile: str) -> float:
     return time.perf_counter() - clock
 
 
+def made_from(parameters: Parameters) -> str:
+    """sha256 over what a notebook reads besides its parameters: the profile's values, prompts, the split's files."""
+    from defectlib import stages  # imports torch, which the run graph must not wait for
+
+    s = stages.study(parameters)
+    read = [s.settings.model_dump(), s.prompts(), [s.data_key(seed) for seed in s.seeds]]
+    return hashlib.sha256(json.dumps(read, sort_keys=True).encode()).hexdigest()
+
+
 def run_job(job: Job) -> Path:
     """Execute a job, check what it promised, and write its receipt; returns the receipt."""
     watch_coordinator()
+    read = made_from(job.parameters)
     folder = receipts(job.parameters)
     executed = folder / f"{job.name}.ipynb"
     clock = time.perf_counter()
@@ -219,7 +232,7 @@ def run_job(job: Job) -> Path:
     receipt = folder / f"{job.name}.json"
     content = {
         "job": job.name, "parameters": job.parameters.model_dump(exclude_none=True), "stage_files": promised,
-        "wall_s": round(time.perf_counter() - clock, 1), "git": runs.git_state()[0],
+        "made_from": read, "wall_s": round(time.perf_counter() - clock, 1), "git": runs.git_state()[0],
     }  # fmt: skip
     paths.write_text(receipt, json.dumps(content, indent=1))
     return receipt
@@ -233,7 +246,11 @@ def stage_files(parameters: Parameters, stage: str) -> list[Path]:
 
 
 def withdraw_stale_receipts(graph: dict[str, Job]) -> list[str]:
-    """Remove receipts whose stage files are gone or that were given for other parameters; the names of their jobs."""
+    """Remove receipts whose stage files are gone, or whose parameters, profile, prompts or data were others.
+
+    Returns:
+        The names of their jobs.
+    """
     stale = []
     for job in graph.values():
         receipt = receipts(job.parameters) / f"{job.name}.json"
@@ -241,6 +258,7 @@ def withdraw_stale_receipts(graph: dict[str, Job]) -> list[str]:
             continue
         content = json.loads(receipt.read_text())
         same = content["parameters"] == job.parameters.model_dump(exclude_none=True)
+        same = same and content["made_from"] == made_from(job.parameters)
         if not same or not all(Path(file).is_file() for file in content["stage_files"]):
             receipt.unlink()
             stale.append(job.name)

@@ -85,7 +85,7 @@ def _data_options(sub: argparse.ArgumentParser) -> None:
         "--tiles", type=_tiles, help="side of square crops in px, or auto, or none; default: as the data set needs"
     )
     sub.add_argument("--runs", help="the runs folder; default runs/")
-    sub.add_argument("--figures", help="where tables and figures go; default: figures/ for mini, else beside the runs")
+    sub.add_argument("--figures", help="where tables and figures go; default: beside the runs")
 
 
 def _names(text: str) -> list[str]:
@@ -127,6 +127,7 @@ def _reproduce(a: argparse.Namespace) -> int:
     parameters = _parameters(a, methods=a.methods, seeds=a.seeds, grid=a.grid)
     for name in parameters.methods or []:
         base.get(name)
+    stages.require_weights(parameters)
     chosen = a.category or prepare.categories(parameters)
     for category in chosen:
         stages.study(parameters.model_copy(update={"category": category}))

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from defectlib.metrics import files
 from defectlib.params import TrainSettings
 
 SELECTION = "last step, batch-norm statistics recomputed"
@@ -81,9 +82,11 @@ def _optimise(
 
 def build_classifier(settings: TrainSettings, n_classes: int) -> nn.Module:
     """ResNet-34 of torchvision with a new head; ImageNet weights only where the profile asks for them."""
-    from torchvision.models import ResNet34_Weights, resnet34
+    from torchvision.models import resnet34
 
-    model = resnet34(weights=ResNet34_Weights.IMAGENET1K_V1 if settings.pretrained else None)
+    model = resnet34()
+    if settings.pretrained:
+        model.load_state_dict(files.state_dict(files.locate("resnet34")[0]))
     model.fc = nn.Linear(model.fc.in_features, n_classes)
     return model
 

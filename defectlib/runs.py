@@ -101,7 +101,7 @@ def stage_key(parameters: dict[str, Any], upstream: list[str]) -> str:
 
 
 def git_state() -> tuple[str, bool]:
-    """(commit, dirty): dirty where tracked files differ from it; ("unknown", True) outside a repository.
+    """(commit, dirty): dirty where files differ from it or are new; ("unknown", True) outside a repository.
 
     ``figures/`` and executed notebooks are results, not code: a run rewrites them, so they do not make it dirty.
     """
@@ -111,7 +111,9 @@ def git_state() -> tuple[str, bool]:
         return call.stdout.strip()
 
     try:
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!figures", ":!notebooks/*.ipynb")
+        changed = git(
+            "status", "--porcelain", "--untracked-files=normal", "--", ".", ":!figures", ":!notebooks/*.ipynb"
+        )
         return git("rev-parse", "HEAD"), bool(changed)
     except (OSError, subprocess.CalledProcessError):
         return "unknown", True
@@ -161,7 +163,7 @@ def stage(
         key: From :func:`stage_key`.
         identity: profile, split, dataset, category, method and seed.
         parameters: The resolved parameters of this stage.
-        inputs: sha256 of what the stage read (split, weights, extractor).
+        inputs: Keys of what the stage was made from: the split's sha256, or the stage before it.
 
     A metric row is ``{"metric", "value", "sd", "defect", "protocol"}``; ``sd`` and ``defect`` may be missing.
     """
@@ -170,6 +172,7 @@ def stage(
     known = json.loads(resolved.read_text()) if resolved.is_file() else {}
     paths.write_text(resolved, json.dumps(known | {name: parameters}, indent=1))
     metrics: list[dict[str, Any]] = []
+    _forget_peak_memory()
     started, clock = time.strftime("%Y-%m-%dT%H:%M:%S%z"), time.perf_counter()
     yield metrics
     record = {
@@ -180,8 +183,15 @@ def stage(
     paths.write_text(folder.stage_file(name), json.dumps(record, indent=1))
 
 
+def _forget_peak_memory() -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
 def peak_memory_mb() -> int:
-    """Peak memory of this process so far: on the GPU where there is one, else resident."""
+    """Peak memory: on the GPU where there is one, of this stage; else what this process held at most so far."""
     import torch
 
     if torch.cuda.is_available():

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,13 +28,14 @@ from defectlib.data import splits
 from defectlib.masks import latent, sources
 from defectlib.masks.sources import MaskSource
 from defectlib.methods import base
+from defectlib.metrics import files, regions
 from defectlib.metrics import quality as quality_metrics
-from defectlib.metrics import regions
 from defectlib.params import Parameters, Profile
 from defectlib.runs import RunFolder
 from defectlib.types import Shot
 
 SHOTS_ONLY = "shots_only"
+WITHHELD = ("accuracy", "f1_macro", "image_auroc", "image_ap", "pixel_auroc", "pixel_ap", "pixel_f1_50")
 
 
 @dataclass(frozen=True)
@@ -153,6 +155,23 @@ def study(parameters: Parameters) -> Study:
     return Study(parameters, settings, root, category, tuple(every), tuple(defects), tuple(methods), tuple(seeds))
 
 
+def require_weights(parameters: Parameters) -> None:
+    """Stop before any long work where weights that the profile and the methods need are not here.
+
+    Raises:
+        FileNotFoundError: They are missing; the sentence holds the command that gets them.
+        ValueError: A file is damaged, or a method is unknown.
+    """
+    settings = parameters.settings()
+    wanted = {settings.quality.extractor, settings.quality.perceptual} - {"tiny"}
+    if settings.downstream.classifier.pretrained:
+        wanted.add("resnet34")
+    for name in sorted(wanted):
+        files.locate(name)
+    if any(base.get(method).needs_backbone for method in parameters.methods or settings.methods):
+        backbone.digest(settings.backbone)
+
+
 def figures_folder(parameters: Parameters) -> Path:
     """Where notebooks draw and the report writes: beside the runs, unless told otherwise.
 
@@ -208,8 +227,8 @@ def fit(s: Study, method: str, seed: int) -> dict[str, Any]:
     return folder.record("fit")
 
 
-def sample(s: Study, method: str, seed: int, progress: bool = False) -> dict[str, Any]:
-    """Draw ``n_per_defect`` samples of each defect; the record of the stage."""
+def sample(s: Study, method: str, seed: int) -> dict[str, Any]:
+    """Draw ``n_per_defect`` samples of each defect, with a bar unless in a batch; the record of the stage."""
     upstream = fit(s, method, seed)
     values = {"sample": s.settings.sample.model_dump(), "prompts": s.prompts(), "order": s.all_defects}
     folder, key = s.folder(method, seed), runs.stage_key(values, [upstream["key"]])
@@ -224,7 +243,7 @@ def sample(s: Study, method: str, seed: int, progress: bool = False) -> dict[str
         )  # fmt: skip
         fresh = not (folder.path / "images").exists()
         clock = time.perf_counter()
-        report = sampling.draw(fitted, requests, folder.path, progress)
+        report = sampling.draw(fitted, requests, folder.path, progress="DEFECTLIB_BATCH" not in os.environ)
         seconds = time.perf_counter() - clock
         for defect, rows in report.groupby("defect", sort=False):
             share = {"defect": defect, "protocol": {"n_generated": len(rows)}}
@@ -259,7 +278,8 @@ def quality(s: Study, method: str, seed: int) -> dict[str, Any]:
 def downstream(s: Study, method: str, seed: int) -> dict[str, Any]:
     """Train the classifier and the localiser on a run's samples, test on held-out real images; the stage's record.
 
-    The row ``shots_only`` (the papers' "w/o augmentation") trains both on the shots, for as many steps.
+    The row ``shots_only`` (the papers' "w/o augmentation") trains both on the shots, for as many steps. A split that
+    holds no defect out (``all_shots`` on a small set) has nothing to test on: its scores are withheld, with the reason.
     """
     settings = s.settings.downstream
     source = [s.data_key(seed)] if method == SHOTS_ONLY else [sample(s, method, seed)["key"]]
@@ -269,13 +289,13 @@ def downstream(s: Study, method: str, seed: int) -> dict[str, Any]:
         return record
     with runs.stage(folder, "downstream", key, s.identity(method, seed), values, {"source": source[0]}) as metrics:
         shots, held_out = s.shots(seed), s.held_out(seed)
-        if not held_out:
-            raise ValueError(
-                f"the split '{s.settings.data.split}' holds nothing out: downstream needs a split with tests"
-            )
-        drawn = [] if method == SHOTS_ONLY else sampling.load(folder.path)
-        metrics.extend(_classification(s, folder, shots, drawn, held_out, seed))
-        metrics.extend(_localisation(s, folder, drawn or shots, held_out, seed))
+        if all(defect == "good" for *_, defect, _ in held_out):
+            reason = f"the split '{s.settings.data.split}' holds no defect image of {s.category} out"
+            metrics.extend({"metric": m, "value": None, "protocol": {"why_withheld": reason}} for m in WITHHELD)
+        else:
+            drawn = [] if method == SHOTS_ONLY else sampling.load(folder.path)
+            metrics.extend(_classification(s, folder, shots, drawn, held_out, seed))
+            metrics.extend(_localisation(s, folder, drawn or shots, held_out, seed))
     return folder.record("downstream")
 
 

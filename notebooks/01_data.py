@@ -61,7 +61,7 @@ figures.style()
 #
 # None of them is shipped, except `mini`, the procedural benchmark of this project: their licences do not allow it.
 # `python -m defectlib doctor` prints how to get each. What a name in this table means for the code is one small reader
-# in `defectlib/data/layouts.py`.
+# in `defectlib/data/readers.py`.
 
 # %% tags=["nbval-check-output"]
 pd.DataFrame(

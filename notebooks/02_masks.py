@@ -148,11 +148,12 @@ for d in s.defects:
         outlines.append([None, *(mask if why else None for mask, why in zip(frames.masks, frames.refused)), None])
         kept.append([d, form, len(frames.kept), len(frames.masks)])
 figure = figures.sheet(rows, row_labels=[f"{d}\n{form}" for d, form, *_ in kept], outline_masks=outlines)
-figures.save(figure, folder, f"fig_2_interpolation_{s.category}")
+kept = pd.DataFrame(kept, columns=["defect", "correspondence", "frames kept", "frames"])
+figures.save(figure, folder, f"fig_2_interpolation_{s.category}", kept)
 figure
 
 # %%
-pd.DataFrame(kept, columns=["defect", "correspondence", "frames kept", "frames"])
+kept
 
 # %% [markdown]
 # With a running kernel: slide alpha from the first shot's mask to the last one's. The picture below the widget shows the

@@ -64,6 +64,9 @@ scores = pd.DataFrame(
     columns=["method", "seed", "metric", "value"],
 )
 scores = scores.astype({"value": float})
+withheld = {m["protocol"]["why_withheld"] for r in records.values() for m in r["metrics"] if m["value"] is None}
+tested = bool(scores["value"].notna().any())
+print(*withheld, sep="\n")
 grouped = scores.groupby(["metric", "method"], sort=False)["value"]
 mean, sd = grouped.mean().unstack()[rows], grouped.std().unstack()[rows]
 print(f"mean over {len(s.seeds)} seed(s); the standard deviation follows")
@@ -71,8 +74,9 @@ pd.concat([mean, sd.add_suffix(" sd")], axis=1).round(3)
 
 # %%
 shown = scores[scores["metric"].isin(["accuracy", "f1_macro", "image_auroc", "pixel_auroc", "pixel_ap", "pixel_f1_50"])]
-figure = figures.compare(shown)
-figures.save(figure, folder, f"downstream_{s.category}", scores)
+figure = figures.compare(shown) if tested else None
+if tested:
+    figures.save(figure, folder, f"downstream_{s.category}", scores)
 figure
 
 # %% [markdown]
@@ -85,7 +89,11 @@ matrices = {method: stages.confusion(s, method) for method in rows}
 matrices = {method: matrix for method, matrix in matrices.items() if matrix is not None}
 figure = figures.confusion(matrices, list(s.defects)) if matrices else None
 if figure is not None:
-    figures.save(figure, folder, f"confusion_{s.category}")
+    counts = [
+        (m, a, b, int(n)) for m, c in matrices.items() for a, r in zip(s.defects, c) for b, n in zip(s.defects, r)
+    ]
+    table = pd.DataFrame(counts, columns=["method", "true", "predicted", "images"])
+    figures.save(figure, folder, f"confusion_{s.category}", table)
 figure
 
 # %% [markdown]
@@ -94,17 +102,22 @@ figure
 # The held-out defects whose pixels the localiser found least, for the last method and the first seed: image, truth and
 # the predicted probability of a defect.
 
+
 # %%
-method, seed = rows[-1], s.seeds[0]
-held_out = s.held_out(seed)
-maps = np.load(s.folder(method, seed).path / "predictions" / "localisation.npz")["maps"].astype(np.float32)
-found = [float(maps[i][mask[0].numpy()].mean()) if mask.any() else np.inf for i, (_, mask, _, _) in enumerate(held_out)]
-worst = np.argsort(found)[:8]
-figure = figures.sheet(
-    [[held_out[i][0] for i in worst], [held_out[i][1] for i in worst], [maps[i] for i in worst]],
-    row_labels=["image", "truth", "prediction\nblack 0, white 1"], column_labels=[held_out[i][2] for i in worst],
-)  # fmt: skip
-figures.save(figure, folder, f"worst_misses_{s.category}")
+def misses(method, seed):
+    held_out = s.held_out(seed)
+    maps = np.load(s.folder(method, seed).path / "predictions" / "localisation.npz")["maps"].astype(np.float32)
+    found = [float(maps[i][m[0].numpy()].mean()) if m.any() else np.inf for i, (_, m, _, _) in enumerate(held_out)]
+    worst = np.argsort(found)[:8]
+    return figures.sheet(
+        [[held_out[i][0] for i in worst], [held_out[i][1] for i in worst], [maps[i] for i in worst]],
+        row_labels=["image", "truth", "prediction\nblack 0, white 1"], column_labels=[held_out[i][2] for i in worst],
+    )  # fmt: skip
+
+
+figure = misses(rows[-1], s.seeds[0]) if tested else None
+if tested:
+    figures.save(figure, folder, f"worst_misses_{s.category}")
 figure
 
 # %% [markdown]
@@ -125,7 +138,7 @@ layout.view(tables.build(results, "table_9"))
 
 # %%
 for metric in ("accuracy", "pixel_ap"):
-    if metric in mean.index:
+    if metric in mean.index and mean.loc[metric].notna().any():
         text = ", ".join(f"{m} {mean.loc[metric, m]:.3f} (sd {sd.loc[metric, m]:.3f})" for m in rows)
         print(f"{metric}: {text}; {len(s.seeds)} seed(s), {s.category} only: too few to call a difference.")
 print(stages.stamp(s))

@@ -2,11 +2,13 @@
 
 import json
 import os
+import shutil
 
 import nbformat
 import pytest
+import torch
 
-from defectlib import batch, params, paths
+from defectlib import batch, images, params, paths, stages
 from defectlib.params import Parameters
 
 NAMES = sorted(Parameters.model_fields)
@@ -87,7 +89,7 @@ def test_graph_by_run_has_a_job_a_method_and_seed():
         batch.jobs(asked, ["bottle"], grouping="all")
 
 
-def test_receipts_without_their_stage_files_are_withdrawn(tmp_path):
+def test_receipts_without_their_stage_files_are_withdrawn(tmp_path, monkeypatch):
     asked = Parameters(profile="smoke", methods=["crop_paste"], runs_root=str(tmp_path))
     graph = batch.jobs(asked, ["nut"])
     job = graph["05_training.nut"]
@@ -95,7 +97,9 @@ def test_receipts_without_their_stage_files_are_withdrawn(tmp_path):
     stage.parent.mkdir(parents=True)
     stage.write_text("{}")
     receipt = batch.receipts(asked) / f"{job.name}.json"
+    monkeypatch.setattr(batch, "made_from", lambda parameters: "data and profile")
     content = {"parameters": job.parameters.model_dump(exclude_none=True), "stage_files": [str(stage)]}
+    content["made_from"] = "data and profile"
     paths.write_text(receipt, json.dumps(content))
     assert batch.withdraw_stale_receipts(graph) == [] and receipt.exists()
     other = batch.jobs(asked.model_copy(update={"seeds": [7]}), ["nut"])
@@ -103,6 +107,23 @@ def test_receipts_without_their_stage_files_are_withdrawn(tmp_path):
     paths.write_text(receipt, json.dumps(content))
     stage.unlink()
     assert batch.withdraw_stale_receipts(graph) == ["05_training.nut"]
+
+
+def test_a_notebook_reads_the_profile_the_prompts_and_the_masks(tiny_mini, tiny_parameters, tmp_path, monkeypatch):
+    root = shutil.copytree(tiny_mini, tmp_path / "mini")
+    asked = tiny_parameters.model_copy(update={"data_root": str(root)})
+    before = batch.made_from(asked)
+    assert batch.made_from(asked) == before
+    assert batch.made_from(asked.model_copy(update={"prompts": {"crack": "a wall that broke"}})) != before
+    settings = asked.settings()
+    more = settings.model_copy(update={"sample": settings.sample.model_copy(update={"n_per_defect": 5})})
+    with monkeypatch.context() as changed:
+        changed.setattr(Parameters, "settings", lambda self: more)
+        assert batch.made_from(asked) != before
+    mask = sorted((root / "brick" / "ground_truth" / "crack").glob("*.png"))[0]
+    images.write_mask(mask, torch.ones(1, 64, 64, dtype=torch.bool))
+    stages._category_rows.cache_clear()
+    assert batch.made_from(asked) != before, "a corrected mask reaches the results"
 
 
 def test_finished_is_what_is_newer_than_all_it_was_made_from(tmp_path):

@@ -34,6 +34,25 @@ def test_downstream_has_the_shots_only_row(tiny_parameters):
     assert '"n_generated": 0' in trained[stages.SHOTS_ONLY] and '"n_train_real": 0' in trained["crop_paste"]
 
 
+def test_a_split_that_holds_nothing_out_withholds_its_scores(tiny_parameters):
+    s = stages.study(tiny_parameters.model_copy(update={"split": "all_shots"}))
+    metrics = stages.downstream(s, stages.SHOTS_ONLY, 0)["metrics"]
+    assert {m["metric"] for m in metrics} == set(stages.WITHHELD) and all(m["value"] is None for m in metrics)
+    assert all("'all_shots' holds no defect image of brick out" in m["protocol"]["why_withheld"] for m in metrics)
+    assert stages.confusion(s, stages.SHOTS_ONLY) is None
+
+
+def test_weights_are_asked_for_before_any_work(tiny_parameters, tmp_path, monkeypatch):
+    stages.require_weights(tiny_parameters)
+    monkeypatch.setattr(paths, "WEIGHTS", tmp_path)
+    monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="get them by: python -m defectlib.metrics.files inception"):
+        stages.require_weights(tiny_parameters.model_copy(update={"profile": "paper"}))
+    monkeypatch.setattr("defectlib.backbone.folder_of", lambda name: tmp_path / name)
+    with pytest.raises(FileNotFoundError, match="train it by `make backbone`"):
+        stages.require_weights(tiny_parameters.model_copy(update={"methods": ["defectsynth"]}))
+
+
 def test_other_sampling_parameters_keep_the_fit_and_set_the_old_samples_aside(tiny_parameters):
     s = stages.study(tiny_parameters)
     stages.sample(s, "crop_paste", 0)

@@ -132,6 +132,5 @@ def test_environment_agrees_with_the_lock():
     assert set(named.split()) <= set(wanted)
     assert environment["dependencies"][0] == "python=3.11" and project["requires-python"] == ">=3.11"
     blocks = re.findall(r"^[a-z0-9][^\n]*==[^\n]*(?:\n    [^\n]*)*", lock, re.M)
-    assert len(blocks) == len(pinned) or len(blocks) > len(pinned)
     assert all("--hash=sha256:" in block for block in blocks)
     assert "://" not in re.sub(r"^\s*#.*$", "", lock, flags=re.M), "no registry is named"

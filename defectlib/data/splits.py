@@ -26,7 +26,7 @@ from defectlib.types import Shot
 
 RULES = ("first_third", "random_thirds", "all_shots")
 SIDES = ("shot", "test", "train", "unused")
-COLUMNS = [*layouts.COLUMNS, "side", "sha256"]
+COLUMNS = [*layouts.COLUMNS, "side", "sha256", "mask_sha256"]
 ALL_SHOTS = 30
 MVTEC_TYPES = Path(__file__).resolve().parents[1] / "published" / "mvtec_types.csv"
 MANIFESTS = Path(__file__).resolve().parent / "manifests"
@@ -48,7 +48,8 @@ def split(index: pd.DataFrame, root: Path | str, rule: str, seed: int = 0) -> pd
         seed: The partition of ``random_thirds``, and the choice of ``all_shots`` beyond 30.
 
     Returns:
-        The manifest: the index with ``side`` ("shot", "test", "train" or "unused") and ``sha256`` of the image file.
+        The manifest: the index with ``side`` ("shot", "test", "train" or "unused"), ``sha256`` of the image file and
+        ``mask_sha256`` of the mask file ("" where there is none): a corrected mask makes another manifest.
 
     Raises:
         ValueError: The rule is unknown, or a file cannot be decoded.
@@ -57,7 +58,10 @@ def split(index: pd.DataFrame, root: Path | str, rule: str, seed: int = 0) -> pd
         raise ValueError(f"there is no split rule '{rule}'; known: {', '.join(RULES)}")
     root = Path(root)
     hashes = {image: paths.sha256(root / image) for image in dict.fromkeys(index["image"])}
-    table = layouts.sort(index).assign(sha256=lambda t: t["image"].map(hashes))
+    masks = {mask: paths.sha256(root / mask) if mask else "" for mask in dict.fromkeys(index["mask"])}
+    table = layouts.sort(index).assign(
+        sha256=lambda t: t["image"].map(hashes), mask_sha256=lambda t: t["mask"].map(masks)
+    )
     usable = [row.defect == GOOD or (row.mask != "" and _shows(row, root)) for row in table.itertuples()]
     kept = _one_of_each(table, usable)
     return assign(table, rule, seed, [u and k for u, k in zip(usable, kept)])[COLUMNS]
@@ -270,7 +274,13 @@ def manifest_file(rule: str, seed: int = 0) -> Path:
 def write_published() -> list[Path]:
     """Write the committed manifests of MVTec AD again; returns their files."""
     made = []
-    for rule, seed in (("first_third", 0), ("random_thirds", 0), ("random_thirds", 1), ("random_thirds", 2)):
+    for rule, seed in (
+        ("first_third", 0),
+        ("all_shots", 0),
+        ("random_thirds", 0),
+        ("random_thirds", 1),
+        ("random_thirds", 2),
+    ):
         write(published_split(rule, seed), manifest_file(rule, seed))
         made.append(manifest_file(rule, seed))
     return made

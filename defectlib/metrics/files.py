@@ -1,4 +1,4 @@
-"""Where the weights of extractors are, and how to get those that are not in the package.
+"""Where the weights of extractors and of the ImageNet classifier are, and how to get those that are not in the package.
 
 They are looked for in ``weights/`` and in torch's own cache; a file counts only if its sha256 begins with the digits in
 its name, which is the check that torch hub makes too. To fetch one::
@@ -20,7 +20,7 @@ from defectlib import paths
 from defectlib.metrics import tiny
 
 # Names and pages as torch-fidelity 0.4.0 (feature_extractor_inceptionv3.py) and torchvision 0.29
-# (models/alexnet.py, models/vgg.py) give them; the eight digits are the beginning of the file's sha256.
+# (models/alexnet.py, models/vgg.py, models/resnet.py) give them; the digits begin the file's sha256.
 FILES = {
     "inception": (
         "weights-inception-2015-12-05-6726825d.pth",
@@ -28,6 +28,7 @@ FILES = {
     ),
     "alex": ("alexnet-owt-7be5be79.pth", "https://download.pytorch.org/models/"),
     "vgg": ("vgg16-397923af.pth", "https://download.pytorch.org/models/"),
+    "resnet34": ("resnet34-b627a593.pth", "https://download.pytorch.org/models/"),
 }
 
 
@@ -47,7 +48,7 @@ def _digest(path: Path, _modified: int, _size: int) -> str:
 
 
 def locate(name: str) -> tuple[Path, str]:
-    """The weights of ``inception``, ``alex`` or ``vgg`` and their sha256, in ``weights/`` or in torch's cache.
+    """The weights of a key of ``FILES`` and their sha256, in ``weights/`` or in torch's cache.
 
     Raises:
         FileNotFoundError: They are in neither place; the sentence holds the command that gets them.

@@ -92,7 +92,9 @@ def test_mvtec_first_third_has_the_published_totals():
     assert least.min() == 2 and least.max() == 10 and least["toothbrush", "defective"] == 10
 
 
-@pytest.mark.parametrize(("rule", "seed"), [("first_third", 0)] + [("random_thirds", s) for s in (0, 1, 2)])
+@pytest.mark.parametrize(
+    ("rule", "seed"), [("first_third", 0), ("all_shots", 0)] + [("random_thirds", s) for s in (0, 1, 2)]
+)
 def test_committed_manifests_are_what_the_rule_gives(rule, seed):
     stored = pd.read_csv(splits.manifest_file(rule, seed), dtype=str, keep_default_na=False)
     assert stored.equals(splits.published_split(rule, seed).astype(str))
