@@ -96,7 +96,7 @@ def manifest(parameters: Parameters, seed: int = 0) -> pd.DataFrame:
     folder = parameters.dataset_folder()
     stamp = {
         "rule": rule, "partition": partition, "tiles": parameters.tiles, "root": str(root.resolve()),
-        "image_size": parameters.settings().data.image_size, "files": fingerprint(root),
+        "image_size": parameters.settings().data.image_size, "files": fingerprint(root), "columns": splits.COLUMNS,
     }  # fmt: skip
     target, mark = folder / f"split_p{partition}.csv", folder / f"split_p{partition}.json"
     with paths.locked(folder / ".split.lock"):
