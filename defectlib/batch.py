@@ -258,7 +258,7 @@ def withdraw_stale_receipts(graph: dict[str, Job]) -> list[str]:
             continue
         content = json.loads(receipt.read_text())
         same = content["parameters"] == job.parameters.model_dump(exclude_none=True)
-        same = same and content["made_from"] == made_from(job.parameters)
+        same = same and content.get("made_from") == made_from(job.parameters)
         if not same or not all(Path(file).is_file() for file in content["stage_files"]):
             receipt.unlink()
             stale.append(job.name)
