@@ -1,12 +1,29 @@
 """`make reproduce` on real data in reduced form: every stage and every table, without the notebooks around them."""
 
+import shutil
+
 import pytest
 
-from defectlib import params, stages
-from defectlib.data import splits
+from defectlib import images, params, stages
+from defectlib.data import layouts, splits
 from defectlib.report import build
 
-REAL = [("magnetic_tile", "magnetic_tile"), ("gdxray", "gdxray"), ("folder", "mvtec_3d_tire")]
+REAL = [
+    ("magnetic_tile", "magnetic_tile"), ("gdxray", "gdxray"), ("mvtec_3d", "mvtec_3d_tire"), ("folder", "mvtec_3d_tire")
+]  # fmt: skip
+
+
+def as_mvtec_ad(source, target):
+    """The tire's images in MVTec AD's layout, its masks of class ids as black and white."""
+    for row in layouts.index("mvtec_3d", source).itertuples():
+        side = "train" if row.role == "train" else "test"
+        picture = target / row.category / side / row.defect / f"{row.id.split('_')[-1]}.png"
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(source / row.image, picture)
+        if row.defect != "good":
+            mask = target / row.category / "ground_truth" / row.defect / f"{picture.stem}_mask.png"
+            images.write_mask(mask, layouts.read_mask(row, source))
+    return target
 
 
 @pytest.mark.parametrize(("dataset", "folder"), REAL)
@@ -15,7 +32,7 @@ def test_all_stages_run_on_real_images(dataset, folder, shared, tmp_path):
         "profile": "smoke", "dataset": dataset, "data_root": str(shared / folder), "runs_root": str(tmp_path / "runs"),
     }  # fmt: skip
     if dataset == "folder":
-        given["dataset"] = "mvtec_3d"  # its masks hold class ids
+        given["data_root"] = str(as_mvtec_ad(shared / folder, tmp_path / "parts"))
     parameters = params.validate(given)
     s = stages.study(parameters)
     table = s.manifest()

@@ -71,11 +71,11 @@ def locate(name: str) -> tuple[Path, str]:
 
 def fetch(name: str) -> Path:
     """Download the weights of ``name`` into ``weights/`` unless they are there; the sha256 digits are checked."""
+    import pooch
+
     file, page = FILES[name]
-    target = paths.WEIGHTS / file
-    if not target.is_file():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(page + file, str(target), hash_prefix=_digits(file))
+    if not (paths.WEIGHTS / file).is_file():
+        pooch.retrieve(page + file, known_hash=None, fname=file, path=paths.WEIGHTS, progressbar=True)
     return locate(name)[0]
 
 
