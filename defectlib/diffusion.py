@@ -34,6 +34,23 @@ def noise_like(seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
     return torch.stack(rows)
 
 
+def noised(clean: Tensor, scheduler: DDIMScheduler, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """What a training step shows the model and asks of it: clean latents at uniform timesteps.
+
+    Args:
+        clean: x_0, (N, C, H, W), on any device.
+        scheduler: Its noise schedule is used.
+        generator: On the CPU: timesteps first, then noise, so that a device changes neither.
+
+    Returns:
+        x_t and the noise (N, C, H, W), the target of eps-prediction, with the timesteps (N,) between them.
+    """
+    timesteps = torch.randint(scheduler.config.num_train_timesteps, (len(clean),), generator=generator)
+    noise = torch.randn(clean.shape, generator=generator).to(clean.device)
+    timesteps = timesteps.to(clean.device)
+    return scheduler.add_noise(clean, noise, timesteps), timesteps, noise
+
+
 def posterior(noisy: Tensor, alpha_bar: Tensor, data: Tensor) -> Tensor:
     """P(x_0 = x_i | x_t) for x_t = sqrt(a) x_0 + sqrt(1 - a) eps and x_0 uniform over ``data``.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 import os
 import tempfile
@@ -49,6 +50,12 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def sha256(path: Path | str) -> str:
-    """Hex sha256 of a file's bytes."""
+    """Hex sha256 of a file's bytes; read once while the file's size and time of change stay the same."""
+    status = os.stat(path)
+    return _sha256(Path(path), status.st_size, status.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=64)
+def _sha256(path: Path, _size: int, _changed: int) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -5,8 +5,9 @@ import os
 import pytest
 import torch
 
-from defectlib import backbone, params, paths, pretrain
+from defectlib import backbone, params, paths
 from defectlib.data import mini
+from defectlib.pretrain import parts
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
@@ -31,10 +32,10 @@ def tiny_parameters(tiny_mini, tmp_path):
 @pytest.fixture(scope="session")
 def untrained_folder(tmp_path_factory):
     """A base model of the small one's shape, with the weights that it starts from, in diffusers' layout."""
-    folder, tokenizer = tmp_path_factory.mktemp("base"), pretrain.new_tokenizer()
+    folder, tokenizer = tmp_path_factory.mktemp("base"), parts.new_tokenizer()
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        pretrain.save(pretrain.new_vae(0), pretrain.new_unet(), pretrain.new_text_encoder(tokenizer), tokenizer, folder)
+        parts.save(parts.new_vae(0), parts.new_unet(), parts.new_text_encoder(tokenizer), tokenizer, folder)
     return folder
 
 

@@ -6,9 +6,10 @@ import sys
 import pytest
 import torch
 
-from defectlib import backbone, pretrain
+from defectlib import backbone, paths
 from defectlib.data import world
-from defectlib.pretrain import Components
+from defectlib.pretrain import __main__, card, parts, recipe
+from defectlib.pretrain.recipe import Components
 from defectlib.training import FitSettings
 
 PICTURES = torch.stack([p.image for p in world.pool(150, seed=5)])
@@ -18,29 +19,29 @@ def linear_psnr(components, images):
     """PSNR of what the components alone keep of images."""
     basis = torch.linalg.pinv(components.axes.T)
     rows = components._blocks(images) - components.mean
-    return pretrain.psnr(rows @ components.axes.T @ basis, rows)
+    return card.psnr(rows @ components.axes.T @ basis, rows)
 
 
 def test_components_are_whitened_and_ordered():
     latents = Components(PICTURES)(PICTURES)
-    assert latents.shape == (150, pretrain.LATENT_CHANNELS, 16, 16)
+    assert latents.shape == (150, parts.LATENT_CHANNELS, 16, 16)
     covariance = torch.cov(latents.permute(1, 0, 2, 3).flatten(1))
     assert torch.allclose(covariance, torch.eye(len(covariance)), atol=0.02)
 
 
 def test_twelve_numbers_a_block_keep_what_eight_lose(monkeypatch):
-    mini = torch.cat(list(pretrain.mini_images(2).values()))
+    mini = torch.cat(list(card.mini_images(2).values()))
     kept = {}
     for n in (8, 12):
-        monkeypatch.setattr(pretrain, "LATENT_CHANNELS", n)
+        monkeypatch.setattr(parts, "LATENT_CHANNELS", n)
         kept[n] = linear_psnr(Components(PICTURES), mini)
     assert kept[8] < 28 < 29 < kept[12]
 
 
 def test_most_prompts_are_whole_words_and_some_are_spelt():
-    tokenizer = pretrain.new_tokenizer()
+    tokenizer = parts.new_tokenizer()
     prompts = ["a photo of a grey disc of wood with a scratch"] * 400
-    table = pretrain.token_table(tokenizer, prompts, seed=0)
+    table = parts.token_table(tokenizer, prompts, seed=0)
     whole = (table == table.mode(0).values).all(1).float().mean()
     assert 0.8 < whole < 0.92
     spelt = next(row for row in table if not torch.equal(row, table.mode(0).values))
@@ -49,23 +50,23 @@ def test_most_prompts_are_whole_words_and_some_are_spelt():
 
 
 def test_psnr_by_hand():
-    assert pretrain.psnr(torch.zeros(4), torch.full((4,), 0.2)) == pytest.approx(20.0, abs=1e-4)
+    assert card.psnr(torch.zeros(4), torch.full((4,), 0.2)) == pytest.approx(20.0, abs=1e-4)
 
 
 def test_the_recipe_from_end_to_end(tmp_path, monkeypatch, capsys):
     quick = FitSettings(steps=2, batch_size=2, learning_rate=1e-3, ema=0.9)
     for name in ("WARM_FIT", "VAE_FIT", "UNET_FIT"):
-        monkeypatch.setattr(pretrain, name, quick)
-    monkeypatch.setattr(pretrain, "WORLD", 24)
-    monkeypatch.setattr(pretrain, "HELD_OUT", 4)
+        monkeypatch.setattr(recipe, name, quick)
+    monkeypatch.setattr(recipe, "WORLD", 24)
+    monkeypatch.setattr(recipe, "HELD_OUT", 4)
     out = tmp_path / "base"
     monkeypatch.setattr(
         sys, "argv", ["pretrain", "--out", str(out), "--work", str(tmp_path / "work"), "--threads", "1"]
     )
-    pretrain.main()
+    __main__.main()
     base = backbone.load(str(out), device="cpu")
-    card = (out / "README.md").read_text()
-    assert all(f"| `{file}` | `{backbone._digest(out / file)}` |" in card for file in backbone.WEIGHT_FILES)
-    assert card in capsys.readouterr().out and set(json.loads((out / "curves.json").read_text())) == {"vae", "unet"}
-    assert pretrain.draw(base, ["a stain on grey"], [0], steps=2).shape == (1, 3, 64, 64)
+    page = (out / "README.md").read_text()
+    assert all(f"| `{file}` | `{paths.sha256(out / file)}` |" in page for file in backbone.WEIGHT_FILES)
+    assert page in capsys.readouterr().out and set(json.loads((out / "curves.json").read_text())) == {"vae", "unet"}
+    assert card.draw(base, ["a stain on grey"], [0], steps=2).shape == (1, 3, 64, 64)
     assert 0.1 < base.encode(PICTURES[:8]).std() < 10, "the scaling factor brings latents near unit variance"

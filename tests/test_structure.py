@@ -15,12 +15,13 @@ from defectlib import batch, params, paths
 
 ROOMS = [
     *("paths", "types", "images", "params", "data", "masks"),
-    *("backbone", "attention", "diffusion", "fusion", "training", "pretrain"),
+    *("backbone", "attention", "diffusion", "fusion", "training"),
     *(
         "methods",
         "sampling",
         "metrics",
         "downstream",
+        "pretrain",
         "prepare",
         "runs",
         "stages",

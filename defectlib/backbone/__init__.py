@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.utils import logging as diffusers_logging
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
@@ -32,6 +33,8 @@ FILES = (
     "model_index.json", "vae/config.json", "unet/config.json", "text_encoder/config.json",
     "scheduler/scheduler_config.json", "tokenizer/tokenizer_config.json", *WEIGHT_FILES,
 )  # fmt: skip
+# What a tokenizer reads where it is not one file, tokenizer.json; Stable Diffusion 1.5 has these two.
+VOCABULARY = ("tokenizer/vocab.json", "tokenizer/merges.txt")
 ENCODE_BATCH = 16
 
 
@@ -135,29 +138,26 @@ def how_to_get(name: str) -> str:
 
 
 def problem(name: str) -> str | None:
-    """One sentence on what keeps a base model from being loaded (a file missing or changed), or None."""
+    """One sentence on what keeps a base model from being loaded (a file missing, cut off or changed), or None."""
     folder = folder_of(name)
     if name not in known() and not folder.is_dir():
         names = ", ".join(known())
         return f"there is no base model '{name}': give {names} or a folder in diffusers' layout"
     remedy = how_to_get(name) if name in known() else "complete the folder (diffusers' Stable Diffusion layout)"
-    missing = [file for file in FILES if not (folder / file).is_file()]
+    # Without its vocabulary a tokenizer would load all the same, and know no word.
+    vocabulary = () if (folder / "tokenizer" / "tokenizer.json").is_file() else VOCABULARY
+    missing = [file for file in (*FILES, *vocabulary) if not (folder / file).is_file()]
     if missing:
         return f"base model '{name}': {folder / missing[0]} is missing: {remedy}"
+    for file in WEIGHT_FILES:
+        try:
+            safe_open(folder / file, "pt")  # compares the header with the file's length, and reads no weights
+        except SafetensorError:
+            return f"base model '{name}': {folder / file} is cut off or no safetensors file: {remedy}"
     for file, wanted in known().get(name, {}).get("sha256", {}).items():
-        if _digest(folder / file) != wanted:
+        if paths.sha256(folder / file) != wanted:
             return f"base model '{name}': {folder / file} is not the file of that name (its sha256 differs): {remedy}"
     return None
-
-
-def _digest(file: Path) -> str:
-    status = file.stat()
-    return _digest_of(file, status.st_size, status.st_mtime_ns)
-
-
-@functools.lru_cache(maxsize=64)
-def _digest_of(file: Path, size: int, changed: int) -> str:
-    return paths.sha256(file)
 
 
 def digest(name: str) -> str:
@@ -168,7 +168,7 @@ def digest(name: str) -> str:
     """
     if (sentence := problem(name)) is not None:
         raise FileNotFoundError(sentence)
-    return hashlib.sha256("".join(_digest(folder_of(name) / file) for file in WEIGHT_FILES).encode()).hexdigest()
+    return hashlib.sha256("".join(paths.sha256(folder_of(name) / file) for file in WEIGHT_FILES).encode()).hexdigest()
 
 
 def default_device() -> str:

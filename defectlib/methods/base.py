@@ -8,21 +8,36 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
+import safetensors.torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from defectlib import paths
 from defectlib.backbone import Backbone
 from defectlib.params import Strict
 from defectlib.types import Request, Sample, Shot
 
 
 class MethodConfig(Strict):
-    """Base of every method's frozen configuration: unknown fields are refused, ablations are fields."""
+    """Base of every method's frozen configuration: unknown fields are refused, ablations are fields.
+
+    Class attributes:
+        FIT: The fields that ``fit`` reads. The others are read when a sample is drawn: a change leaves a fit valid.
+    """
+
+    FIT: ClassVar[tuple[str, ...]] = ()
+
+    def fit_values(self) -> dict[str, Any]:
+        """What a fit depends on."""
+        return self.model_dump(include=set(self.FIT))
 
 
 @runtime_checkable
 class Method(Protocol):
     """A few-shot defect image generator.
+
+    Attributes:
+        config: Its configuration; may be replaced after a fit by one that differs outside ``Config.FIT``.
 
     Class attributes:
         Config: The method's :class:`MethodConfig`.
@@ -37,6 +52,7 @@ class Method(Protocol):
     makes_masks: ClassVar[bool]
     preserves_background: ClassVar[bool]
     needs_backbone: ClassVar[bool]
+    config: MethodConfig
 
     def __init__(self, config: MethodConfig, backbone: Backbone | None = None) -> None:
         """Set up with a configuration and, where the method needs one, a base model."""
@@ -105,3 +121,16 @@ def configure(name: str, values: dict[str, Any]) -> MethodConfig:
     except ValidationError as error:
         wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
         raise ValueError(f"configuration of method '{name}': {wrong}") from error
+
+
+def save_shots(shots: Sequence[Shot], folder: Path) -> list[dict[str, str]]:
+    """Write ``shots.safetensors``; returns their names, for the method's JSON."""
+    tensors = {f"{i:04d}.{part}": getattr(s, part) for i, s in enumerate(shots) for part in ("image", "mask")}
+    paths.write_bytes(folder / "shots.safetensors", safetensors.torch.save(tensors))
+    return [{"category": s.category, "defect": s.defect, "id": s.id} for s in shots]
+
+
+def load_shots(folder: Path, names: Sequence[dict[str, str]]) -> list[Shot]:
+    """Read what :func:`save_shots` wrote, with the names that it returned."""
+    tensors = safetensors.torch.load_file(folder / "shots.safetensors")
+    return [Shot(tensors[f"{i:04d}.image"], tensors[f"{i:04d}.mask"], **name) for i, name in enumerate(names)]

@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from pydantic import Field
-from safetensors.torch import load_file, save_file
 from scipy.ndimage import distance_transform_edt
 from torch import Tensor
 
@@ -22,7 +21,7 @@ from defectlib import paths
 from defectlib.backbone import Backbone
 from defectlib.masks.random import affine_crop, at, centred, place, windows
 from defectlib.masks.trimap import foreground
-from defectlib.methods.base import MethodConfig, register
+from defectlib.methods.base import MethodConfig, load_shots, register, save_shots
 from defectlib.types import Request, Sample, Shot
 
 
@@ -111,23 +110,13 @@ class CropPaste:
 
     def save(self, folder: Path) -> None:
         """Shots as ``shots.safetensors`` with their names beside them in JSON, and the configuration."""
-        folder.mkdir(parents=True, exist_ok=True)
-        tensors = {f"{i:04d}.{part}": getattr(s, part) for i, s in enumerate(self.shots) for part in ("image", "mask")}
-        save_file(tensors, folder / "shots.safetensors.part")
-        (folder / "shots.safetensors.part").replace(folder / "shots.safetensors")
-        named = [{"category": s.category, "defect": s.defect, "id": s.id} for s in self.shots]
-        paths.write_text(
-            folder / "method.json", json.dumps({"config": self.config.model_dump(), "shots": named}, indent=1)
-        )
+        described = {"config": self.config.model_dump(), "shots": save_shots(self.shots, folder)}
+        paths.write_text(folder / "method.json", json.dumps(described, indent=1))
 
     @classmethod
     def load(cls, folder: Path, backbone: Backbone | None = None) -> CropPaste:
         """Read what :meth:`save` wrote."""
         described = json.loads((folder / "method.json").read_text())
-        tensors = load_file(folder / "shots.safetensors")
         method = cls(cls.Config(**described["config"]), backbone)
-        method.shots = [
-            Shot(tensors[f"{i:04d}.image"], tensors[f"{i:04d}.mask"], **name)
-            for i, name in enumerate(described["shots"])
-        ]
+        method.shots = load_shots(folder, described["shots"])
         return method

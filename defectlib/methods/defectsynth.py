@@ -25,10 +25,9 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
-import safetensors.torch
 import torch
 import torch.nn.functional as F
 from diffusers import ControlNetModel
@@ -39,10 +38,10 @@ from torch import Tensor
 from defectlib import paths
 from defectlib.attention import AttentionWeights, reweighted, selective_weights
 from defectlib.backbone import Backbone
-from defectlib.diffusion import denoise, noise_like
+from defectlib.diffusion import denoise, noise_like, noised
 from defectlib.fusion import fuse
 from defectlib.masks import alignment
-from defectlib.methods.base import MethodConfig, register
+from defectlib.methods.base import MethodConfig, load_shots, register, save_shots
 from defectlib.training import FitSettings, fit
 from defectlib.types import Request, Sample, Shot
 
@@ -51,7 +50,8 @@ class DefectSynthConfig(MethodConfig):
     """The paper's values are the defaults; its ablations are ``sae`` and ``sff``.
 
     Attributes:
-        epochs: Passes over the shots; ``steps`` replaces them where it is given.
+        epochs: Passes over the shots; ``steps`` replaces them where it is given. After 0 steps the ControlNet has no
+            effect, and the base model draws by itself (zero-shot).
         flips: Also train on every shot mirrored both ways and turned by half; the paper has no augmentation.
         mask_weight: Added to the loss's weight of 1 inside the mask; the paper has none.
         dilation: Reach of the blending mask beyond the mask at t = T, as a share of the latents' side; it falls to
@@ -64,8 +64,13 @@ class DefectSynthConfig(MethodConfig):
             released code), or anywhere, as Equation 9 is printed: that changes the background too.
     """
 
+    FIT: ClassVar[tuple[str, ...]] = (
+        *("epochs", "steps", "train_batch_size", "learning_rate", "flips", "mask_weight"),
+        *("precision", "gradient_checkpointing", "ema"),
+    )
+
     epochs: int = Field(2000, ge=1)
-    steps: int | None = Field(None, ge=1)
+    steps: int | None = Field(None, ge=0)
     train_batch_size: int = Field(2, ge=1)
     learning_rate: float = Field(1e-5, gt=0)
     flips: bool = False
@@ -102,7 +107,7 @@ class DefectSynthConfig(MethodConfig):
     def fit_settings(self, n_items: int) -> FitSettings:
         """The settings of the fit loop for this many training items."""
         return FitSettings(
-            steps=self.steps or self.epochs * -(-n_items // self.train_batch_size),
+            steps=self.epochs * -(-n_items // self.train_batch_size) if self.steps is None else self.steps,
             batch_size=self.train_batch_size, learning_rate=self.learning_rate, precision=self.precision, ema=self.ema,
         )  # fmt: skip
 
@@ -187,26 +192,24 @@ class DefectSynth:
         base.latent_shape(images.shape[-1])
         latents, hints = base.encode(images), masks.float().expand(-1, 3, -1, -1).to(base.device)
         weights = 1 + config.mask_weight * to_latents(masks, tuple(latents.shape[2:])).float().to(base.device)
-        scheduler, net = base.scheduler, self._new_controlnet(seed)
+        net = self._new_controlnet(seed)
         if config.gradient_checkpointing:
             net.enable_gradient_checkpointing()
 
         def loss(items: Tensor, generator: torch.Generator) -> Tensor:
-            clean, hidden = latents[items], text[items]
-            timesteps = torch.randint(scheduler.config.num_train_timesteps, (len(items),), generator=generator)
-            noise = torch.randn(clean.shape, generator=generator).to(clean.device)
-            noisy = scheduler.add_noise(clean, noise, timesteps.to(clean.device))
-            residuals, middle = net(noisy, timesteps, hidden, hints[items], return_dict=False)
+            noisy, timesteps, noise = noised(latents[items], base.scheduler, generator)
+            residuals, middle = net(noisy, timesteps, text[items], hints[items], return_dict=False)
             predicted = base.unet(
-                noisy, timesteps, hidden,
+                noisy, timesteps, text[items],
                 down_block_additional_residuals=residuals, mid_block_additional_residual=middle,
             ).sample  # fmt: skip
             return (weights[items] * (predicted.float() - noise).square()).mean()
 
-        self.curve = fit(
-            net, loss, len(latents), config.fit_settings(len(latents)), seed=seed, folder=workdir / "checkpoints"
-        )
-        self.controlnet = net.requires_grad_(False)
+        self.curve = []
+        if config.steps != 0:
+            settings = config.fit_settings(len(latents))
+            self.curve = fit(net, loss, len(latents), settings, seed=seed, folder=workdir / "checkpoints")
+        self.controlnet = net.eval().requires_grad_(False)
 
     @torch.no_grad()
     def sample(self, requests: Sequence[Request]) -> list[Sample]:
@@ -330,11 +333,9 @@ class DefectSynth:
     def save(self, folder: Path) -> None:
         """The ControlNet and the shots (Equation 5's references) as safetensors, configuration and names as JSON."""
         self.controlnet.save_pretrained(folder / "controlnet", safe_serialization=True)
-        tensors = {f"{i:04d}.{part}": getattr(s, part) for i, s in enumerate(self.shots) for part in ("image", "mask")}
-        paths.write_bytes(folder / "shots.safetensors", safetensors.torch.save(tensors))
         described = {
             "config": self.config.model_dump(), "backbone": self.backbone.digest, "curve": self.curve,
-            "shots": [{"category": s.category, "defect": s.defect, "id": s.id} for s in self.shots],
+            "shots": save_shots(self.shots, folder),
         }  # fmt: skip
         paths.write_text(folder / "method.json", json.dumps(described, indent=1))
 
@@ -349,11 +350,7 @@ class DefectSynth:
         method = cls(cls.Config(**described["config"]), backbone)
         if described["backbone"] != backbone.digest:
             raise ValueError(f"{folder} was fitted on another base model than '{backbone.name}': fit it anew")
-        tensors = safetensors.torch.load_file(folder / "shots.safetensors")
-        method.shots = [
-            Shot(tensors[f"{i:04d}.image"], tensors[f"{i:04d}.mask"], **name)
-            for i, name in enumerate(described["shots"])
-        ]
+        method.shots = load_shots(folder, described["shots"])
         method.curve = [tuple(point) for point in described["curve"]]
         net = ControlNetModel.from_pretrained(folder / "controlnet", local_files_only=True)
         method.controlnet = net.to(backbone.device).eval().requires_grad_(False)

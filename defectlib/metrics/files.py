@@ -9,7 +9,6 @@ its name, which is the check that torch hub makes too. To fetch one::
 from __future__ import annotations
 
 import argparse
-import functools
 import re
 from pathlib import Path
 
@@ -42,11 +41,6 @@ def _digits(file: str) -> str:
     return re.search(r"-([0-9a-f]{8,})\.", file)[1]
 
 
-@functools.lru_cache(maxsize=16)
-def _digest(path: Path, _modified: int, _size: int) -> str:
-    return paths.sha256(path)
-
-
 def locate(name: str) -> tuple[Path, str]:
     """The weights of a key of ``FILES`` and their sha256, in ``weights/`` or in torch's cache.
 
@@ -58,8 +52,7 @@ def locate(name: str) -> tuple[Path, str]:
     for folder in (paths.WEIGHTS, Path(torch.hub.get_dir()) / "checkpoints"):
         path = folder / file
         if path.is_file():
-            stat = path.stat()
-            digest = _digest(path, stat.st_mtime_ns, stat.st_size)
+            digest = paths.sha256(path)
             if not digest.startswith(_digits(file)):
                 raise ValueError(
                     f"{path} is damaged: its sha256 begins with {digest[:8]}, not {_digits(file)}; "

@@ -142,3 +142,10 @@ def test_one_shot_is_enough_to_start(untrained, tmp_path):
     method = DefectSynth(DefectSynthConfig(**QUICK), untrained)
     method.fit(SHOTS[:1], [], prompts=PROMPTS, seed=0, workdir=tmp_path)
     assert images(method).isfinite().all()
+
+
+def test_after_no_steps_the_base_model_draws_alone(fitted, untrained, tmp_path):
+    method = DefectSynth(fitted.config.model_copy(update={"steps": 0}), untrained)
+    method.fit(SHOTS, [], prompts=PROMPTS, seed=0, workdir=tmp_path)
+    assert method.curve == []
+    assert torch.equal(images(method), images(with_config(method, controlnet_scale=0.0)))

@@ -1,0 +1,8 @@
+"""How the shipped ``tiny`` base model is made: a VAE, then a text-conditioned UNet, on the generated world.
+
+``make backbone`` runs all of it: some two hours on two cores, minutes on a GPU. Each part goes on from its last
+checkpoint when the command is repeated. Nothing of ``mini`` is trained on.
+
+The parts have Stable Diffusion 1.5's classes, schedule (scaled linear beta, eps-prediction, no clipping) and folder
+layout; only sizes differ, so every method runs on either without a branch.
+"""

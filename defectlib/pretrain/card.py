@@ -1,0 +1,126 @@
+"""The model card of the small base model: what it keeps of a picture, what it knows, and its files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from defectlib import paths
+from defectlib.backbone import WEIGHT_FILES, Backbone
+from defectlib.data import mini, world
+from defectlib.diffusion import denoise, noise_like
+from defectlib.pretrain import evidence, recipe
+
+
+def psnr(a: Tensor, b: Tensor) -> float:
+    """Peak signal to noise ratio in dB of images in [-1, 1]: 10 log10(4 / MSE), the MSE over all pixels."""
+    return float(10 * torch.log10(4 / (a - b).square().mean()))
+
+
+def reconstruction(base: Backbone, images: Tensor) -> float:
+    """PSNR in dB of images (N, 3, H, W) that went through the VAE."""
+    return psnr(base.decode(base.encode(images)), images)
+
+
+def mini_images(per_kind: int = 4) -> dict[str, Tensor]:
+    """Category -> pictures of ``mini`` at 64 px, normals and every defect alike: measured on, never trained on."""
+    found = {}
+    for category, defects in mini.CATEGORIES.items():
+        kinds = ["train/good", *(f"test/{defect}" for defect in defects)]
+        found[category] = torch.stack([
+            mini.draw(category, kind, i, size=world.SIZE)[0] for kind in kinds for i in range(per_kind)
+        ])  # fmt: skip
+    return found
+
+
+def draw(base: Backbone, prompts: Sequence[str], seeds: Sequence[int], steps: int = 30, scale: float = 3.0) -> Tensor:
+    """Zero-shot samples (N, 3, 64, 64), with classifier-free guidance."""
+    text = base.embed([*[""] * len(prompts), *prompts])
+
+    @torch.no_grad()
+    def predict(latents: Tensor, timestep: Tensor) -> Tensor:
+        without, with_text = base.unet(torch.cat([latents, latents]), timestep, text).sample.chunk(2)
+        return without + scale * (with_text - without)
+
+    return base.decode(denoise(predict, noise_like(seeds, base.latent_shape(world.SIZE)), base.scheduler, steps))
+
+
+CARD = """# Model card: tiny
+
+A latent diffusion model of {parameters:.1f} M parameters in Stable Diffusion 1.5's classes and folder layout, for
+images of 64 px, with which every method runs from end to end without a download. It draws surfaces, simple objects,
+marks on them, and silhouettes, of the world in `defectlib/data/world.py`; it is of no use as a picture generator.
+
+## Made by
+
+    {command}
+
+Seed {seed}, {pictures:,} generated pictures, {held_out} of them held out, nothing of `mini` among them. Curves:
+`curves.json`. Latents: {latent}.
+
+## Measured
+
+Peak signal to noise ratio of what went through the autoencoder (float16 weights, computed in float32):
+
+{psnr}
+
+## What it does not know
+
+`mini` is not in the world. Pixel AP of a localiser tested on real defects of `mini` and trained (`demo` protocol, one
+seed) on what the base model draws into moved masks from the defect's prompt alone, on {shots} shots a defect alone, and
+on Crop-Paste of these shots; chance is the share of defect pixels:
+
+{localisation}
+
+Root mean square difference, in grey levels of 255, of `mini`'s defect images to the nearest picture that the model was
+trained on, and to the nearest other defect image of their category:
+
+{nearest}
+
+## Files
+
+{files}
+
+## Limits
+
+The world has no depth, no people and no text; prompts outside its words are read letter by letter and mean little. What
+a category's defects look like has to be learned from shots. Licence: the project's own.
+"""
+
+
+def card(base: Backbone, pixels: Tensor, held_out: int, seed: int, folder: Path, work: Path) -> str:
+    """The model card, measured on the weights that it is about.
+
+    Args:
+        base: The trained model.
+        pixels: The world, uint8 (n, 3, 64, 64); the first ``held_out`` were not trained on.
+        held_out: How many.
+        seed: Of the recipe.
+        folder: Where the model is.
+        work: Where the evidence's methods may write.
+    """
+    own = mini_images()
+    rows = {"the world, held out": recipe.to_float(pixels[:held_out])}
+    rows |= {f"mini, {name}": shown for name, shown in own.items()} | {"mini, all": torch.cat(list(own.values()))}
+    kept = pd.DataFrame({"PSNR, dB": {name: reconstruction(base, shown) for name, shown in rows.items()}})
+    digests = {f"`{file}`": f"`{paths.sha256(folder / file)}`" for file in WEIGHT_FILES}
+    modules = (base.vae, base.unet, base.text_encoder)
+    return CARD.format(
+        parameters=sum(p.numel() for module in modules for p in module.parameters()) / 1e6,
+        seed=seed, pictures=len(pixels), held_out=held_out, command=f"python -m defectlib.pretrain --seed {seed}",
+        latent=" x ".join(map(str, base.latent_shape(world.SIZE))), shots=evidence.SHOTS,
+        psnr=_table("pictures", kept, 2), localisation=_table("category", evidence.localisation(base, work), 3),
+        nearest=_table("category", evidence.nearest(pixels[held_out:]), 1),
+        files=_table("file", pd.DataFrame({"sha256": digests})),
+    )  # fmt: skip
+
+
+def _table(name: str, frame: pd.DataFrame, digits: int = 0) -> str:
+    """A frame in Markdown, its index first."""
+    lines = [[name, *frame.columns], ["---"] * (1 + len(frame.columns))]
+    lines += [[key, *(v if isinstance(v, str) else f"{v:.{digits}f}" for v in row)] for key, row in frame.iterrows()]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
