@@ -22,15 +22,16 @@ from typing import Any
 from defectlib import params, paths, runs
 from defectlib.params import Parameters
 
-NOTEBOOKS = {  # notebook -> (unit of one run, the notebooks it needs, the stage it completes)
+# notebook -> (unit of one run, the notebooks it needs, the stage it completes); each stands after those it needs
+NOTEBOOKS = {
     "01_data": ("dataset", (), None),
     "02_masks": ("category", ("01_data",), None),
     "03_backbone": ("dataset", ("01_data",), None),
-    "04_methods": ("dataset", ("01_data",), None),
     "05_training": ("run", ("01_data",), "fit"),
+    "04_methods": ("dataset", ("05_training",), None),
     "06_generation": ("run", ("05_training",), "sample"),
     "07_quality": ("run", ("06_generation",), "quality"),
-    "08_ablation": ("category", ("01_data",), None),
+    "08_ablation": ("category", ("07_quality",), "quality"),
     "09_downstream": ("run", ("06_generation",), "downstream"),
 }
 COORDINATOR = "DEFECTLIB_COORDINATOR"
@@ -78,9 +79,8 @@ def jobs(parameters: Parameters, categories: list[str], grouping: str = "categor
         name = ".".join(part for part in (notebook, category) if part) + group
         needs = tuple(
             found
-            for need in NOTEBOOKS[notebook][1]
-            for found in (by_scope.get((need, category, group)) or by_scope.get((need, "", "")),)
-            if found
+            for (need, of, part), found in by_scope.items()
+            if need in NOTEBOOKS[notebook][1] and of in ("", values["category"]) and (part in ("", group) or not group)
         )
         shared = parameters.model_dump(exclude_none=True)
         graph[name] = Job(name, notebook, params.validate({**shared, **values}, name), needs)
@@ -208,11 +208,13 @@ def execute_in_place(name: str, profile: str) -> float:
 
 
 def made_from(parameters: Parameters) -> str:
-    """sha256 over what a notebook reads besides its parameters: the profile's values, prompts, the split's files."""
-    from defectlib import stages  # imports torch, which the run graph must not wait for
+    """sha256 over what a notebook reads besides its parameters: profile, prompts, the split's files, the base model."""
+    from defectlib import backbone, stages  # imports torch, which the run graph must not wait for
 
     s = stages.study(parameters)
-    read = [s.settings.model_dump(), s.prompts(), [s.data_key(seed) for seed in s.seeds]]
+    learned = any(s.method_of(name).needs_backbone for name in s.methods)
+    base = backbone.digest(s.settings.backbone) if learned else None
+    read = [s.settings.model_dump(), s.prompts(), [s.data_key(seed) for seed in s.seeds], base]
     return hashlib.sha256(json.dumps(read, sort_keys=True).encode()).hexdigest()
 
 
@@ -224,8 +226,7 @@ def run_job(job: Job) -> Path:
     executed = folder / f"{job.name}.ipynb"
     clock = time.perf_counter()
     execute(paths.NOTEBOOKS / f"{job.notebook}.ipynb", executed, job.parameters)
-    stage = NOTEBOOKS[job.notebook][2]
-    promised = [] if stage is None else [str(file) for file in stage_files(job.parameters, stage)]
+    promised = [str(file) for file in stage_files(job)]
     missing = [file for file in promised if not Path(file).is_file()]
     if missing:
         raise RuntimeError(f"{job.name} ended without {missing[0]}; see {executed}")
@@ -238,11 +239,16 @@ def run_job(job: Job) -> Path:
     return receipt
 
 
-def stage_files(parameters: Parameters, stage: str) -> list[Path]:
-    """The stage files a notebook run over one category must leave behind."""
-    folder = parameters.dataset_folder() / parameters.category
-    runs_of = [(method, seed) for method in parameters.methods for seed in parameters.seeds]
-    return [folder / method / f"s{seed}" / f"{stage}.json" for method, seed in runs_of]
+def stage_files(job: Job) -> list[Path]:
+    """The stage files a notebook run over one category must leave behind: the ablation's are its variants' too."""
+    stage, asked = NOTEBOOKS[job.notebook][2], job.parameters
+    if stage is None:
+        return []
+    names = list(asked.methods)
+    if job.notebook == "08_ablation":
+        names += asked.settings().variants_of(names)
+    folder = asked.dataset_folder() / asked.category
+    return [folder / name / f"s{seed}" / f"{stage}.json" for name in names for seed in asked.seeds]
 
 
 def withdraw_stale_receipts(graph: dict[str, Job]) -> list[str]:

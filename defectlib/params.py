@@ -7,6 +7,7 @@ papermill itself only warns about a misspelt parameter and then runs the default
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,6 +36,9 @@ class DataSettings(Strict):
     max_test_normals: int = Field(ge=1)
 
 
+MaskSourceName = Literal["affine", "perlin", "hmi_image", "hmi_latent", "hmi"]
+
+
 class SampleSettings(Strict):
     """How much is drawn; ``group_size`` is the unit of resume and of fusion across samples.
 
@@ -44,7 +48,7 @@ class SampleSettings(Strict):
 
     n_per_defect: int = Field(ge=1, le=9999)
     group_size: int = Field(ge=1)
-    mask_source: Literal["affine", "perlin", "hmi_image", "hmi_latent", "hmi"]
+    mask_source: MaskSourceName
 
 
 class QualitySettings(Strict):
@@ -81,6 +85,19 @@ class DownstreamSettings(Strict):
     localiser: TrainSettings
 
 
+class Variant(Strict):
+    """A row of an ablation: a method with some fields changed, or with another source of masks.
+
+    ``released`` starts from the values of the code that the paper's authors released. A variant has a fit of its own
+    only where a field is changed that the fit reads.
+    """
+
+    of: str
+    released: bool = False
+    config: dict[str, Any] = {}
+    mask_source: MaskSourceName | None = None
+
+
 class Grid(Strict):
     """How much of a data set a profile covers: the first categories and defects in order; None is all."""
 
@@ -97,10 +114,24 @@ class Profile(Strict):
     seeds: list[int] = Field(min_length=1)
     grid: Grid
     methods: dict[str, dict[str, Any]] = Field(min_length=1)
+    variants: dict[str, Variant] = {}
     data: DataSettings
     sample: SampleSettings
     quality: QualitySettings
     downstream: DownstreamSettings
+
+    @field_validator("variants")
+    @classmethod
+    def _names(cls, variants: dict[str, Variant]) -> dict[str, Variant]:
+        """A run folder and a table's row tell a variant from a method by its name."""
+        for name, variant in variants.items():
+            if not name.startswith(f"{variant.of}_"):
+                raise ValueError(f"the variant '{name}' must be named {variant.of}_<what is changed>")
+        return variants
+
+    def variants_of(self, methods: Sequence[str]) -> list[str]:
+        """The variants of these methods."""
+        return [name for name, variant in self.variants.items() if variant.of in methods]
 
 
 class Parameters(Strict):

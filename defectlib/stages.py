@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from defectlib import backbone, diffusion, params, paths, prepare, runs, sampling
@@ -26,8 +27,10 @@ from defectlib import downstream as models
 from defectlib.backbone import Backbone
 from defectlib.data import splits
 from defectlib.masks import latent, sources
+from defectlib.masks.interpolation import mask_iou
 from defectlib.masks.sources import MaskSource
 from defectlib.methods import base
+from defectlib.methods.base import Method, MethodConfig
 from defectlib.metrics import files, regions
 from defectlib.metrics import quality as quality_metrics
 from defectlib.params import Parameters, Profile
@@ -49,6 +52,7 @@ class Study:
     all_defects: tuple[str, ...]
     defects: tuple[str, ...]
     methods: tuple[str, ...]
+    variants: tuple[str, ...]
     seeds: tuple[int, ...]
 
     def manifest(self, seed: int = 0) -> pd.DataFrame:
@@ -92,13 +96,48 @@ class Study:
         """Where the run of a method and a seed lives."""
         return RunFolder(self.parameters.dataset_folder() / self.category / method / f"s{seed}")
 
-    def backbone(self, method: str) -> Backbone | None:
-        """The profile's base model, for a method that draws with one."""
-        return backbone.load(self.settings.backbone) if base.get(method).needs_backbone else None
+    def method_of(self, name: str) -> type[Method]:
+        """The class of a method or of a variant."""
+        variant = self.settings.variants.get(name)
+        return base.get(variant.of if variant else name)
 
-    def mask_source(self) -> MaskSource:
-        """The profile's source of masks; those that interpolate in latent space do so on the profile's base model."""
-        name = self.settings.sample.mask_source
+    def config(self, name: str) -> MethodConfig:
+        """The profile's configuration of a method or of a variant."""
+        return _config(self.settings, name)
+
+    def fitted_as(self, name: str) -> str:
+        """The method whose fit a method or a variant draws with."""
+        variant = self.settings.variants.get(name)
+        return (
+            variant.of if variant and self.config(name).fit_values() == self.config(variant.of).fit_values() else name
+        )
+
+    def load(self, name: str, seed: int) -> Method:
+        """The fitted method of a run, or a variant of it, ready to draw; :func:`fit` must have been called.
+
+        Raises:
+            ValueError: A file of the fit is cut off or missing.
+        """
+        folder, base_model = self.folder(self.fitted_as(name), seed), self.backbone(name)
+        try:
+            fitted = self.method_of(name).load(folder.model, base_model)
+        except (OSError, json.JSONDecodeError, KeyError, SafetensorError) as error:  # whatever a truncated file raises
+            raise ValueError(f"the model in {folder.model} cannot be read: delete {folder.path} to fit anew") from error
+        fitted.config = self.config(name)
+        return fitted
+
+    def backbone(self, name: str) -> Backbone | None:
+        """The profile's base model, for a method that draws with one."""
+        return backbone.load(self.settings.backbone) if self.method_of(name).needs_backbone else None
+
+    def mask_source_name(self, name: str) -> str:
+        """Where a method or a variant gets its masks from."""
+        variant = self.settings.variants.get(name)
+        return (variant and variant.mask_source) or self.settings.sample.mask_source
+
+    def mask_source(self, name: str) -> MaskSource:
+        """The same, as a function; sources that interpolate in latent space do so on the profile's base model."""
+        name = self.mask_source_name(name)
         if name in sources.SOURCES:
             return sources.SOURCES[name]
         return getattr(latent, name)(diffusion.latent_space(backbone.load(self.settings.backbone)))
@@ -120,6 +159,16 @@ class Study:
         return hashlib.sha256(text.encode()).hexdigest()
 
 
+def _config(settings: Profile, name: str) -> MethodConfig:
+    variant = settings.variants.get(name)
+    if variant is None:
+        return base.configure(name, settings.methods.get(name, {}))
+    values = settings.methods.get(variant.of, {}) | variant.config
+    if variant.released:
+        values = base.get(variant.of).Config.as_released(**values).model_dump()
+    return base.configure(variant.of, values)
+
+
 @functools.lru_cache(maxsize=16)
 def _category_rows(parameters: str, category: str, seed: int) -> pd.DataFrame:
     table = prepare.manifest(Parameters.model_validate_json(parameters), seed)
@@ -130,7 +179,8 @@ def study(parameters: Parameters) -> Study:
     """Open a category for work; a missing one is the first of the data set.
 
     Raises:
-        ValueError: The category, a defect or a method does not exist; the sentence lists those that do.
+        ValueError: The category, a defect or a method does not exist (the sentence lists those that do), or the
+            category holds too little: no normals, or one shot where masks are interpolated between two.
     """
     settings = parameters.settings()
     torch.set_num_threads(settings.threads)
@@ -146,13 +196,32 @@ def study(parameters: Parameters) -> Study:
     defects = parameters.defects or every[: settings.grid.defects]
     unknown = sorted(set(defects) - set(every))
     if unknown:
-        raise ValueError(f"{category} has no defect {', '.join(unknown)}; it has: {', '.join(every)}")
+        raise ValueError(f"{category} has no defect {', '.join(unknown)} with shots; it has: {', '.join(every)}")
+    own = table[table["category"] == category]
+    shipped = params.load_category(parameters.dataset, category)
+    nameable = set(own["defect"]) | set(shipped.prompts if shipped else ())
+    if misnamed := sorted(set(parameters.prompts) - nameable):
+        raise ValueError(f"prompts: {category} has no defect '{misnamed[0]}'; it has: {', '.join(every)}")
+    if not ((own["defect"] == "good") & (own["side"] == "train")).any():
+        raise ValueError(f"{category} has no normal image to draw on: put at least one into train/good")
     methods = parameters.methods or list(settings.methods)
-    for name in methods:
-        base.configure(name, settings.methods.get(name, {}))
+    variants = settings.variants_of(methods)
+    for name in [*methods, *variants]:
+        _config(settings, name)
     seeds = parameters.seeds or settings.seeds
     root = prepare.data_root(parameters)
-    return Study(parameters, settings, root, category, tuple(every), tuple(defects), tuple(methods), tuple(seeds))
+    names = (tuple(every), tuple(defects), tuple(methods), tuple(variants))
+    s = Study(parameters, settings, root, category, *names, tuple(seeds))
+    counts = own.loc[own["side"] == "shot", "defect"].value_counts()
+    alone = [defect for defect in defects if counts[defect] < 2]
+    for name in [*methods, *variants] if alone else []:
+        source = s.mask_source_name(name)
+        if not s.method_of(name).makes_masks and source.startswith("hmi"):
+            raise ValueError(
+                f"{category}/{alone[0]} has one shot, and the mask source '{source}' of {name} interpolates between two: "
+                f"add a second image with its mask, ask for other defects, or run METHODS=crop_paste"
+            )
+    return s
 
 
 def require_weights(parameters: Parameters) -> None:
@@ -187,10 +256,11 @@ def results(parameters: Parameters, categories: Sequence[str]) -> pd.DataFrame:
     """
     settings, folder = parameters.settings(), parameters.dataset_folder()
     found = runs.collect(folder.parents[1], parameters.profile_name, parameters.dataset)
+    methods = parameters.methods or list(settings.methods)
     asked = (
         (found["split"] == settings.data.split)
         & found["category"].isin(categories)
-        & found["method"].isin([SHOTS_ONLY, *(parameters.methods or settings.methods)])
+        & found["method"].isin([SHOTS_ONLY, *methods, *settings.variants_of(methods)])
         & found["seed"].isin(parameters.seeds or settings.seeds)
     )
     return found[asked].reset_index(drop=True)
@@ -210,16 +280,17 @@ def stamp(s: Study) -> str:
 
 
 def fit(s: Study, method: str, seed: int) -> dict[str, Any]:
-    """Fit a method on the shots; the record of the stage."""
-    config = base.configure(method, s.settings.methods.get(method, {}))
-    values = {"method": method, "config": config.model_dump(), "seed": seed}
-    if base.get(method).needs_backbone:
+    """Fit a method on the shots, or the method of a variant that changes nothing in it; the record of the stage."""
+    method = s.fitted_as(method)
+    config, kind = s.config(method), s.method_of(method)
+    values = {"method": kind.name, "config": config.fit_values(), "seed": seed}
+    if kind.needs_backbone:
         values |= {"prompts": s.prompts(), "backbone": {s.settings.backbone: backbone.digest(s.settings.backbone)}}
     folder, key = s.folder(method, seed), runs.stage_key(values, [s.data_key(seed)])
     if (record := folder.complete("fit", key)) is not None:
         return record
     with runs.stage(folder, "fit", key, s.identity(method, seed), values, {"split": s.data_key(seed)}) as metrics:
-        fitted = base.get(method)(config, s.backbone(method))
+        fitted = kind(config, s.backbone(method))
         clock = time.perf_counter()
         fitted.fit(s.shots(seed), s.normals(seed), prompts=s.prompts(), seed=seed, workdir=folder.model)
         fitted.save(folder.model)
@@ -230,15 +301,18 @@ def fit(s: Study, method: str, seed: int) -> dict[str, Any]:
 def sample(s: Study, method: str, seed: int) -> dict[str, Any]:
     """Draw ``n_per_defect`` samples of each defect, with a bar unless in a batch; the record of the stage."""
     upstream = fit(s, method, seed)
-    values = {"sample": s.settings.sample.model_dump(), "prompts": s.prompts(), "order": s.all_defects}
+    asked = s.settings.sample.model_dump() | {"mask_source": s.mask_source_name(method)}
+    values = {
+        "sample": asked, "config": s.config(method).model_dump(), "prompts": s.prompts(), "order": s.all_defects,
+    }  # fmt: skip
     folder, key = s.folder(method, seed), runs.stage_key(values, [upstream["key"]])
     if (record := folder.complete("sample", key)) is not None:
         return record
     with runs.stage(folder, "sample", key, s.identity(method, seed), values, {"fit": upstream["key"]}) as metrics:
-        fitted = base.get(method).load(folder.model, s.backbone(method))
-        source = None if fitted.makes_masks else s.mask_source()
+        fitted, shots = s.load(method, seed), s.shots(seed)
+        source = None if fitted.makes_masks else s.mask_source(method)
         requests = sampling.plan(
-            s.shots(seed), s.normals(seed), s.settings.sample.n_per_defect, source, seed, s.prompts(),
+            shots, s.normals(seed), s.settings.sample.n_per_defect, source, seed, s.prompts(),
             s.all_defects, s.settings.sample.group_size,
         )  # fmt: skip
         fresh = not (folder.path / "images").exists()
@@ -249,9 +323,16 @@ def sample(s: Study, method: str, seed: int) -> dict[str, Any]:
             share = {"defect": defect, "protocol": {"n_generated": len(rows)}}
             metrics.append({"metric": "mask_area", "value": float(rows["area"].mean()), **share})
             metrics.append({"metric": "bad_samples", "value": float(len(sampling.problems(rows))), **share})
+            if source is not None:
+                real = [shot.mask for shot in shots if shot.defect == defect]
+                drawn = [request.mask for request in requests if request.defect == defect]
+                metrics.append(
+                    {"metric": "mask_iou", "value": float(np.mean([mask_iou(m, real) for m in drawn])), **share}
+                )
         # After a restart part of the drawing was done by an earlier process: its speed is not known.
-        speed = {"metric": "pairs_per_second", "value": len(report) / seconds if fresh else None}
-        metrics.append({**speed, "protocol": {"n_generated": len(report), "image_size": s.size}})
+        protocol = {"n_generated": len(report), "image_size": s.size}
+        speed = {"pairs_per_second": len(report) / seconds, "seconds_per_image": seconds / len(report)}
+        metrics.extend({"metric": m, "value": v if fresh else None, "protocol": protocol} for m, v in speed.items())
     return folder.record("sample")
 
 

@@ -75,6 +75,10 @@ def test_graph_by_category():
     assert graph["05_training.nut"].needs == ("01_data",) and graph["01_data"].needs == ()
     assert graph["07_quality.gear"].parameters.seeds == params.load_profile("demo").seeds
     assert graph["03_backbone"].parameters.category == "gear"
+    assert graph["04_methods"].needs == ("05_training.gear",), "it shows the fit of the first category"
+    variants = params.load_profile("demo").variants
+    made = {file.parts[-3] for file in batch.stage_files(graph["08_ablation.nut"])}
+    assert made == {"crop_paste", "defectsynth", *variants}
 
 
 def test_graph_by_run_has_a_job_a_method_and_seed():
@@ -85,6 +89,7 @@ def test_graph_by_run_has_a_job_a_method_and_seed():
     assert (job.parameters.methods, job.parameters.seeds) == (["crop_paste"], [2])
     assert sum(name.startswith("05_training") for name in graph) == 3
     assert sum(name.startswith("02_masks") for name in graph) == 1
+    assert graph["08_ablation.bottle"].needs == tuple(f"07_quality.bottle.crop_paste.s{seed}" for seed in (0, 1, 2))
     with pytest.raises(ValueError, match="grouping must be"):
         batch.jobs(asked, ["bottle"], grouping="all")
 
@@ -93,7 +98,7 @@ def test_receipts_without_their_stage_files_are_withdrawn(tmp_path, monkeypatch)
     asked = Parameters(profile="smoke", methods=["crop_paste"], runs_root=str(tmp_path))
     graph = batch.jobs(asked, ["nut"])
     job = graph["05_training.nut"]
-    (stage,) = batch.stage_files(job.parameters, "fit")
+    (stage,) = batch.stage_files(job)
     stage.parent.mkdir(parents=True)
     stage.write_text("{}")
     receipt = batch.receipts(asked) / f"{job.name}.json"

@@ -1,4 +1,5 @@
 import pytest
+from pydantic import ValidationError
 
 from defectlib import params, paths
 
@@ -77,3 +78,10 @@ def test_prompts(monkeypatch):
     assert params.prompt(params.Parameters(dataset="folder"), "gear_box", "deep_cut") == "a gear box with a deep cut"
     own = params.Parameters(dataset="mvtec_ad")
     assert params.prompt(own, "bottle", "broken_large") == "A bottle with large broken defects"
+
+
+def test_a_variant_is_named_after_its_method():
+    values = params.load_yaml(params.paths.PARAMS / "profiles" / "smoke.yaml")
+    wrong = values | {"variants": {"without_sae": {"of": "defectsynth", "config": {"sae": False}}}}
+    with pytest.raises(ValidationError, match="must be named defectsynth_<what is changed>"):
+        params.Profile(**wrong)

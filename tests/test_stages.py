@@ -1,9 +1,11 @@
+import dataclasses
 import json
 import shutil
 
 import pytest
+import torch
 
-from defectlib import images, paths, prepare, stages
+from defectlib import images, params, paths, prepare, sampling, stages
 from defectlib.runs import STAGES
 
 
@@ -40,6 +42,31 @@ def test_a_split_that_holds_nothing_out_withholds_its_scores(tiny_parameters):
     assert {m["metric"] for m in metrics} == set(stages.WITHHELD) and all(m["value"] is None for m in metrics)
     assert all("'all_shots' holds no defect image of brick out" in m["protocol"]["why_withheld"] for m in metrics)
     assert stages.confusion(s, stages.SHOTS_ONLY) is None
+
+
+def test_variants_draw_with_the_fit_of_their_method(tiny_parameters, monkeypatch):
+    s = stages.study(tiny_parameters.model_copy(update={"methods": ["crop_paste"]}))
+    assert set(s.variants) == {"crop_paste_no_turns", "crop_paste_anywhere", "crop_paste_feather"}
+    stages.sample(s, "crop_paste", 0)
+    record = stages.sample(s, "crop_paste_feather", 0)
+    assert record["inputs"]["fit"] == s.folder("crop_paste", 0).record("fit")["key"]
+    assert not s.folder("crop_paste_feather", 0).stage_file("fit").exists()
+    assert s.load("crop_paste_feather", 0).config.feather == 2.0
+    drawn = [sampling.load(s.folder(name, 0).path) for name in ("crop_paste", "crop_paste_feather")]
+    assert all(torch.equal(a.mask, b.mask) and not torch.equal(a.image, b.image) for a, b in zip(*drawn))
+    assert "crop_paste_feather" in set(stages.results(s.parameters, [s.category])["method"])
+
+
+def test_a_variant_has_a_fit_of_its_own_where_the_fit_differs(tiny_parameters):
+    s = stages.study(tiny_parameters)
+    variants = s.settings.variants | {"defectsynth_longer": params.Variant(of="defectsynth", config={"steps": 3})}
+    s = dataclasses.replace(s, settings=s.settings.model_copy(update={"variants": variants}))
+    assert s.fitted_as("defectsynth_no_sae") == "defectsynth" and not s.config("defectsynth_no_sae").sae
+    assert s.fitted_as("defectsynth_longer") == "defectsynth_longer"
+    released = s.config("defectsynth_as_released")
+    assert (released.eta, released.sae_form) == (1.0, "released")
+    assert released.num_inference_steps == 2, "what the profile sets stays"
+    assert s.mask_source_name("defectsynth_perlin") == "perlin" and s.mask_source_name("defectsynth_no_sae") == "hmi"
 
 
 def test_weights_are_asked_for_before_any_work(tiny_parameters, tmp_path, monkeypatch):

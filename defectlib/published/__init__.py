@@ -119,6 +119,11 @@ def kind(metric: str) -> str:
     return metric
 
 
+def is_variant(method: str) -> bool:
+    """Is this a row of an ablation, ``<method>_<what is changed>``, which has its place in Tables V to VII alone?"""
+    return any(method.startswith(f"{name}_") for name in METHODS.values())
+
+
 def higher_is_better(metric: str) -> bool | None:
     """The direction of a metric; None where more is neither better nor worse, or where the metric is not known here."""
     return HIGHER_IS_BETTER.get(kind(metric))

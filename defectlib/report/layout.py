@@ -14,7 +14,10 @@ from pandas.io.formats.style import Styler
 from defectlib import published
 from defectlib.report.specs import REASONS, codes
 
-METHOD_TITLES = {name: title for title, name in published.METHODS.items()}
+METHOD_TITLES = {name: title for title, name in published.METHODS.items()} | {
+    "defectsynth_as_released": "DefectSynth, as released", "crop_paste_no_turns": "Crop-Paste, no turns",
+    "crop_paste_anywhere": "Crop-Paste, anywhere", "crop_paste_feather": "Crop-Paste, feather 2 px",
+}  # fmt: skip
 DATASET_TITLES = {name: title for title, name in published.DATASETS.items()}
 METRIC_TITLES = {
     "kid": "KID ×10³", "is": "IS", "lpips": "LPIPS", "ic-lpips": "IC-LPIPS", "accuracy": "Accuracy, %",

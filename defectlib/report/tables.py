@@ -123,8 +123,8 @@ def _belongs(results: pd.DataFrame, spec: Spec, printed: pd.DataFrame) -> pd.Ser
     if spec.categories:
         keep &= results["category"].isin(spec.categories)
     if spec.methods_of_paper:
-        keep &= results["method"].isin(set(printed["method"]))
-    return keep
+        return keep & results["method"].isin(set(printed["method"]))
+    return keep & ~results["method"].map(published.is_variant)
 
 
 def _chosen_splits(rows: pd.DataFrame, spec: Spec) -> dict[str, str]:

@@ -112,3 +112,9 @@ def test_files_are_the_transcriptions():
         for name in names
     ]
     assert digest[: len(names)] == digest[len(names) :]
+
+
+def test_a_variant_is_told_from_a_method_by_its_name():
+    assert published.is_variant("defectsynth_no_sae") and published.is_variant("defectsynth_as_released")
+    methods = {"shots_only", "crop_paste", "defectsynth", "dualanodiff", "symmetry_aware", "adabldm"}
+    assert not any(published.is_variant(name) for name in methods)

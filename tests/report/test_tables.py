@@ -322,3 +322,13 @@ def test_protocol_text_is_not_needed():
     # The frame of runs.collect() has more columns than the tables read.
     results = frame({"protocol": json.dumps({"extractor": "tiny"})}).drop(columns=["protocol", "path", "device"])
     assert tables.build(results, "table_2")["reproduced"].notna().sum() == 1
+
+
+def test_variants_stand_in_the_ablation_tables_alone():
+    results = frame(
+        {"method": "defectsynth"}, {"method": "defectsynth_no_sae"}, {"method": "defectsynth_as_released"}, {},
+    )  # fmt: skip
+    shown = {name: set(tables.build(results, name).query("dataset == 'mini'")["method"]) for name in tables.NAMES}
+    assert shown["table_2"] == {"crop_paste", "defectsynth"}
+    assert shown["table_5"] == {"defectsynth", "defectsynth_no_sae"}
+    assert shown["table_6"] == {"defectsynth"}
