@@ -15,7 +15,7 @@ from defectlib import batch, params, paths
 
 ROOMS = [
     *("paths", "types", "images", "params", "data", "masks"),
-    *("backbone", "attention", "diffusion", "fusion", "training"),
+    *("backbone", "attention", "diffusion", "fusion", "training", "adaptation"),
     *(
         "methods",
         "sampling",

@@ -23,11 +23,13 @@ The paper's "cosine noise schedule" cannot be meant: the frozen base model has i
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar, Literal
 
 import numpy as np
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from diffusers import ControlNetModel
@@ -36,6 +38,7 @@ from skimage.exposure import match_histograms
 from torch import Tensor
 
 from defectlib import paths
+from defectlib.adaptation import Adapter, adapt, restore
 from defectlib.attention import AttentionWeights, reweighted, selective_weights
 from defectlib.backbone import Backbone
 from defectlib.diffusion import denoise, noise_like, noised
@@ -54,6 +57,8 @@ class DefectSynthConfig(MethodConfig):
             effect, and the base model draws by itself (zero-shot).
         flips: Also train on every shot mirrored both ways and turned by half; the paper has no augmentation.
         mask_weight: Added to the loss's weight of 1 inside the mask; the paper has none.
+        adapt_steps: Steps by which the base model is first adapted to the normal images (see ``adaptation``); the paper
+            has none.
         dilation: Reach of the blending mask beyond the mask at t = T, as a share of the latents' side; it falls to
             none at t = 0. 8 cells of 64 are the released code's.
         guidance_scale: 1 is no classifier-free guidance, as released.
@@ -66,7 +71,7 @@ class DefectSynthConfig(MethodConfig):
 
     FIT: ClassVar[tuple[str, ...]] = (
         *("epochs", "steps", "train_batch_size", "learning_rate", "flips", "mask_weight"),
-        *("precision", "gradient_checkpointing", "ema"),
+        *("precision", "gradient_checkpointing", "ema", "adapt_steps", "adapt_rank", "adapt_learning_rate"),
     )
 
     epochs: int = Field(2000, ge=1)
@@ -78,6 +83,9 @@ class DefectSynthConfig(MethodConfig):
     precision: Literal["no", "bf16"] = "no"
     gradient_checkpointing: bool = False
     ema: float | None = Field(None, gt=0, lt=1)
+    adapt_steps: int = Field(0, ge=0)
+    adapt_rank: int = Field(16, ge=1)
+    adapt_learning_rate: float = Field(1e-4, gt=0)
     num_inference_steps: int = Field(20, ge=1)
     eta: float = Field(0.0, ge=0, le=1)
     controlnet_scale: float = Field(1.0, ge=0)
@@ -133,6 +141,37 @@ def reach(timestep: int, side: int, dilation: float) -> int:
     return int((timestep + 100) * dilation * side / 1000) if timestep > 0 else 0
 
 
+def noise_loss(
+    net: ControlNetModel,
+    base: Backbone,
+    latents: Tensor,
+    text: Tensor,
+    hints: Tensor,
+    weights: Tensor,
+    generator: torch.Generator,
+) -> Tensor:
+    """What a training step minimises: the noise-prediction error of the frozen base with the ControlNet's residuals.
+
+    Args:
+        net: What is trained; the gradients reach it through the base's decoder.
+        base: Its UNet and noise schedule are used.
+        latents: x_0 of real defects, (N, C, h, w).
+        text: Embedded prompts, (N, L, D).
+        hints: Masks as images, (N, 3, H, W) in {0, 1}.
+        weights: Of the squared errors, (N, 1, h, w).
+        generator: A CPU generator: timesteps, then noise.
+
+    Returns:
+        The weighted mean square, a scalar.
+    """
+    noisy, timesteps, noise = noised(latents, base.scheduler, generator)
+    residuals, middle = net(noisy, timesteps, text, hints, return_dict=False)
+    predicted = base.unet(
+        noisy, timesteps, text, down_block_additional_residuals=residuals, mid_block_additional_residual=middle
+    ).sample
+    return (weights * (predicted.float() - noise).square()).mean()
+
+
 @register("defectsynth")
 class DefectSynth:
     """See the module's docstring.
@@ -151,7 +190,8 @@ class DefectSynth:
     def __init__(self, config: DefectSynthConfig, backbone: Backbone | None = None) -> None:
         if backbone is None:
             raise ValueError("DefectSynth needs a base model: give backbone.load('tiny') or 'sd15'")
-        self.config, self.backbone = config, backbone
+        self.config, self.base, self.backbone = config, backbone, backbone
+        self.adapter: Adapter = {}
         self.shots: list[Shot] = []
         self.curve: list[tuple[int, float]] = []
         self.controlnet: ControlNetModel | None = None
@@ -181,8 +221,10 @@ class DefectSynth:
             raise ValueError(
                 f"there is no prompt for the defect {lacking[0]}: name it in the category's parameter file"
             )
-        config, base = self.config, self.backbone
-        self.shots = list(shots)
+        config, self.shots = self.config, list(shots)
+        if config.adapt_steps:
+            self._adapt(normals, seed, workdir / "adaptation")
+        base = self.backbone
         images, masks = (torch.stack([getattr(shot, part) for shot in shots]) for part in ("image", "mask"))
         text = base.embed([prompts[shot.defect] for shot in shots])
         if config.flips:
@@ -197,19 +239,28 @@ class DefectSynth:
             net.enable_gradient_checkpointing()
 
         def loss(items: Tensor, generator: torch.Generator) -> Tensor:
-            noisy, timesteps, noise = noised(latents[items], base.scheduler, generator)
-            residuals, middle = net(noisy, timesteps, text[items], hints[items], return_dict=False)
-            predicted = base.unet(
-                noisy, timesteps, text[items],
-                down_block_additional_residuals=residuals, mid_block_additional_residual=middle,
-            ).sample  # fmt: skip
-            return (weights[items] * (predicted.float() - noise).square()).mean()
+            return noise_loss(net, base, latents[items], text[items], hints[items], weights[items], generator)
 
         self.curve = []
         if config.steps != 0:
             settings = config.fit_settings(len(latents))
             self.curve = fit(net, loss, len(latents), settings, seed=seed, folder=workdir / "checkpoints")
         self.controlnet = net.eval().requires_grad_(False)
+        shutil.rmtree(workdir / "adaptation", ignore_errors=True)
+
+    def _adapt(self, normals: Sequence[Tensor], seed: int, folder: Path) -> None:
+        """Draw from here on with a base model that has seen the category's normal images, as "a <category>"."""
+        if not normals:
+            raise ValueError("adapt_steps is given, but there is no normal image to adapt the base model to")
+        config = self.config
+        settings = FitSettings(
+            steps=config.adapt_steps, batch_size=config.train_batch_size, learning_rate=config.adapt_learning_rate,
+            precision=config.precision,
+        )  # fmt: skip
+        prompt = f"a {self.shots[0].category}".replace("_", " ")
+        self.backbone, self.adapter, _ = adapt(
+            self.base, torch.stack(list(normals)), prompt, settings, rank=config.adapt_rank, seed=seed, folder=folder
+        )
 
     @torch.no_grad()
     def sample(self, requests: Sequence[Request]) -> list[Sample]:
@@ -333,6 +384,8 @@ class DefectSynth:
     def save(self, folder: Path) -> None:
         """The ControlNet and the shots (Equation 5's references) as safetensors, configuration and names as JSON."""
         self.controlnet.save_pretrained(folder / "controlnet", safe_serialization=True)
+        if self.adapter:
+            paths.write_bytes(folder / "adapter.safetensors", safetensors.torch.save(self.adapter))
         described = {
             "config": self.config.model_dump(), "backbone": self.backbone.digest, "curve": self.curve,
             "shots": save_shots(self.shots, folder),
@@ -350,6 +403,9 @@ class DefectSynth:
         method = cls(cls.Config(**described["config"]), backbone)
         if described["backbone"] != backbone.digest:
             raise ValueError(f"{folder} was fitted on another base model than '{backbone.name}': fit it anew")
+        if method.config.adapt_steps:
+            method.adapter = safetensors.torch.load_file(folder / "adapter.safetensors")
+            method.backbone = restore(backbone, method.adapter)
         method.shots = load_shots(folder, described["shots"])
         method.curve = [tuple(point) for point in described["curve"]]
         net = ControlNetModel.from_pretrained(folder / "controlnet", local_files_only=True)

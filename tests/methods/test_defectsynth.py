@@ -149,3 +149,15 @@ def test_after_no_steps_the_base_model_draws_alone(fitted, untrained, tmp_path):
     method.fit(SHOTS, [], prompts=PROMPTS, seed=0, workdir=tmp_path)
     assert method.curve == []
     assert torch.equal(images(method), images(with_config(method, controlnet_scale=0.0)))
+
+
+def test_an_adapted_base_model_is_kept_with_the_method(fitted, untrained, tmp_path):
+    values = {"adapt_steps": 2, "adapt_rank": 2, "adapt_learning_rate": 1e-2}
+    method = DefectSynth(fitted.config.model_copy(update=values), untrained)
+    with pytest.raises(ValueError, match="no normal image to adapt the base model to"):
+        method.fit(SHOTS, [], prompts=PROMPTS, seed=0, workdir=tmp_path)
+    method.fit(SHOTS, [picture(9)], prompts=PROMPTS, seed=0, workdir=tmp_path)
+    method.save(tmp_path)
+    assert not torch.equal(images(method), images(fitted)) and not (tmp_path / "adaptation").exists()
+    again = DefectSynth.load(tmp_path, untrained)
+    assert torch.equal(images(again), images(method))

@@ -1,0 +1,99 @@
+"""A base model's UNet brought closer to a category by its many normal images, by LoRA (peft).
+
+AdaBLDM's scheme fine-tunes the base on the data set before its ControlNet is trained (absent from its released code);
+DefectSynth does not. Low rank keeps what is stored small: 13 MB for Stable Diffusion 1.5 at rank 16, not 3.4 GB.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from diffusers import UNet2DConditionModel
+from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from defectlib import diffusion, paths
+from defectlib.backbone import Backbone
+from defectlib.training import FitSettings, fit
+
+Adapter = dict[str, Tensor]
+
+
+def _with_lora(unet: UNet2DConditionModel, rank: int, seed: int) -> UNet2DConditionModel:
+    """A copy with trainable LoRA on every attention projection; it draws as before until trained."""
+    copied = copy.deepcopy(unet)
+    projections = LoraConfig(r=rank, lora_alpha=rank, target_modules=["to_q", "to_k", "to_v", "to_out.0"])
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        copied.add_adapter(projections)
+    return copied
+
+
+def _merged(base: Backbone, unet: UNet2DConditionModel) -> Backbone:
+    """The base model with the adapted UNet, its LoRA added into the projections: a plain UNet again."""
+    unet.fuse_lora()
+    unet.unload_lora()
+    return replace(base, unet=unet.eval().requires_grad_(False))
+
+
+def adapt(
+    base: Backbone, images: Tensor, prompt: str, settings: FitSettings, *, rank: int, seed: int, folder: Path
+) -> tuple[Backbone, Adapter, list[tuple[int, float]]]:
+    """Train LoRA on defect-free images by eps-MSE; the base model itself is left alone.
+
+    Args:
+        base: The model to start from.
+        images: float32 (N, 3, H, W) in [-1, 1].
+        prompt: Their text.
+        settings: Of the fit loop.
+        rank: Of LoRA.
+        seed: Of its initial weights and of the fit.
+        folder: Where checkpoints go.
+
+    Returns:
+        The adapted model, what :func:`restore` needs to make it again, and the loss curve. The last two are kept in
+        ``folder``, so that a run that is killed later does not adapt anew.
+    """
+    done = folder / "adapter.safetensors"
+    asked = [base.digest, len(images), prompt, settings.model_dump(), rank, seed]
+    if done.is_file():
+        with safe_open(done, "pt") as file:
+            known = json.loads(file.metadata()["fit"])
+        if known["asked"] == asked:
+            adapter = load_file(done)
+            return restore(base, adapter), adapter, [tuple(point) for point in known["curve"]]
+    unet = _with_lora(base.unet, rank, seed)
+    latents, text = base.encode(images), base.embed([prompt])
+
+    def loss(items: Tensor, generator: torch.Generator) -> Tensor:
+        noisy, timesteps, noise = diffusion.noised(latents[items], base.scheduler, generator)
+        predicted = unet(noisy, timesteps, text.expand(len(items), -1, -1)).sample
+        return (predicted.float() - noise).square().mean()
+
+    curve = fit(unet, loss, len(latents), settings, seed=seed, folder=folder)
+    adapter = {name: value.detach().cpu().clone() for name, value in get_peft_model_state_dict(unet).items()}
+    described = {"fit": json.dumps({"asked": asked, "curve": curve})}
+    paths.write_bytes(done, safetensors.torch.save(adapter, metadata=described))
+    return _merged(base, unet), adapter, curve
+
+
+def restore(base: Backbone, adapter: Adapter) -> Backbone:
+    """The adapted model that :func:`adapt` returned with this adapter, from the same base.
+
+    Raises:
+        ValueError: The adapter is of a UNet of another shape.
+    """
+    rank = next(value.shape[0] for name, value in adapter.items() if ".lora_A" in name)
+    unet = _with_lora(base.unet, rank, seed=0)
+    wanted = {name: value.shape for name, value in get_peft_model_state_dict(unet).items()}
+    if wanted != {name: value.shape for name, value in adapter.items()}:
+        raise ValueError(f"the adapter was trained on another UNet than that of '{base.name}': fit it anew")
+    set_peft_model_state_dict(unet, adapter)
+    return _merged(base, unet)
