@@ -36,8 +36,12 @@ NOTEBOOKS = {
 }
 COORDINATOR = "DEFECTLIB_COORDINATOR"
 CELL_TIMEOUT_S = 14 * 24 * 3600
-# Kernels are reached over TCP ports; unencrypted, they warn in every log.
-KERNELS = {"KernelManager": {"transport_encryption": "auto"}}
+# Kernels are reached over TCP ports; unencrypted, they warn in every log. When the last cell is done there is nothing
+# left to end gently, and the interrupt that comes with it is sometimes logged as an error.
+KERNELS = {
+    "KernelManager": {"transport_encryption": "auto"},
+    "NotebookClient": {"shutdown_kernel": "immediate"},
+}
 
 
 @dataclass(frozen=True)
