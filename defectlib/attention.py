@@ -85,7 +85,7 @@ class AttentionWeights:
         """
         if weights is not None and (weights.ndim != 4 or weights.shape[1] != 1):
             raise ValueError(f"weights must be (N, 1, h, w) at the latents' resolution, got {tuple(weights.shape)}")
-        self._weights = weights
+        self.current = weights
         self._rows: dict[tuple, Tensor] = {}
 
     def rows(self, output: Tensor) -> Tensor | None:
@@ -98,16 +98,16 @@ class AttentionWeights:
         Raises:
             ValueError: No level has that many queries, or B is no multiple of N.
         """
-        if self._weights is None:
+        if self.current is None:
             return None
         batch, queries = output.shape[:2]
         key = (batch, queries, output.dtype, output.device)
         if key not in self._rows:
-            count, _, height, width = self._weights.shape
+            count, _, height, width = self.current.shape
             if batch % count:
                 raise ValueError(f"{count} weight maps cannot serve a batch of {batch}: no multiple")
             size = _level(height, width, queries)
-            resized = F.adaptive_avg_pool2d(self._weights, size).flatten(2).transpose(1, 2)
+            resized = F.adaptive_avg_pool2d(self.current, size).flatten(2).transpose(1, 2)
             self._rows[key] = resized.to(output.device, output.dtype).repeat(batch // count, 1, 1)
         return self._rows[key]
 
@@ -182,6 +182,17 @@ class ReweightedAttnProcessor:
         return output / attn.rescale_output_factor
 
 
+def _cross_attention(unet: nn.Module) -> dict[str, Attention]:
+    layers = {
+        name: module
+        for name, module in unet.named_modules()
+        if name.split(".")[-1] == "attn2" and isinstance(module, Attention)
+    }
+    if not layers:
+        raise ValueError(f"{type(unet).__name__} has no cross-attention layer named attn2")
+    return layers
+
+
 @contextmanager
 def reweighted(unet: nn.Module, weights: AttentionWeights) -> Iterator[None]:
     """Within it, every cross-attention (``attn2``) of ``unet`` reads ``weights``; afterwards all is as before.
@@ -192,13 +203,7 @@ def reweighted(unet: nn.Module, weights: AttentionWeights) -> Iterator[None]:
     Raises:
         ValueError: No ``attn2`` was found, or one has a processor with weights of its own, which would be lost.
     """
-    layers = {
-        name: module
-        for name, module in unet.named_modules()
-        if name.split(".")[-1] == "attn2" and isinstance(module, Attention)
-    }
-    if not layers:
-        raise ValueError(f"{type(unet).__name__} has no cross-attention layer named attn2 to re-weight")
+    layers = _cross_attention(unet)
     previous = {name: layer.processor for name, layer in layers.items()}
     for name, processor in previous.items():
         if isinstance(processor, nn.Module):
@@ -210,3 +215,63 @@ def reweighted(unet: nn.Module, weights: AttentionWeights) -> Iterator[None]:
     finally:
         for name, layer in layers.items():
             layer.set_processor(previous[name])
+
+
+@contextmanager
+def watched_weights(unet: nn.Module) -> Iterator[list[tuple[int, Tensor]]]:
+    """Within it, every re-weighted call of ``unet`` adds (timestep, weights (N, 1, h, w) on the CPU) to a list."""
+    seen: list[tuple[int, Tensor]] = []
+
+    def note(_: nn.Module, arguments: tuple) -> None:
+        held = [p.weights for p in unet.attn_processors.values() if isinstance(p, ReweightedAttnProcessor)]
+        if held and held[0].current is not None:
+            seen.append((int(arguments[1]), held[0].current.cpu()))
+
+    handle = unet.register_forward_pre_hook(note)
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def watched_text(unet: nn.Module) -> Iterator[list[Tensor]]:
+    """Within it, every call of every cross-attention of ``unet`` adds its softmax(Q K^T / sqrt(d)) to a list.
+
+    One tensor (B, queries, keys) on the CPU a call and layer, the mean over heads. The matrix is formed for the list
+    alone: what the layers compute is untouched.
+
+    Raises:
+        ValueError: No ``attn2`` was found.
+    """
+    seen: list[Tensor] = []
+
+    @torch.no_grad()
+    def note(attn: Attention, arguments: tuple, named: dict) -> None:
+        query, key = attn.to_q(arguments[0]), attn.to_k(named["encoder_hidden_states"])
+        scores = attn.get_attention_scores(attn.head_to_batch_dim(query), attn.head_to_batch_dim(key))
+        seen.append(scores.unflatten(0, (-1, attn.heads)).mean(1).cpu())
+
+    handles = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in _cross_attention(unet).values()]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def text_maps(seen: list[Tensor], size: tuple[int, int]) -> Tensor:
+    """How much each cell looks at each token, the mean over what :func:`watched_text` saw.
+
+    Args:
+        seen: Shares (B, queries, keys), of at least one layer.
+        size: (h, w) of the latents; coarser levels are resized to it bilinearly.
+
+    Returns:
+        float (B, keys, h, w) in [0, 1]; a cell's shares sum to 1 over the tokens.
+    """
+    total = 0
+    for shares in seen:
+        grid = shares.transpose(1, 2).unflatten(2, _level(*size, shares.shape[1]))
+        total = total + F.interpolate(grid.float(), size, mode="bilinear", align_corners=False)
+    return total / len(seen)

@@ -17,8 +17,10 @@
 # # 4. The methods, step by step
 #
 # Each method of this project is one file in `defectlib/methods`, over shared parts. This notebook takes them apart and
-# shows every idea switched on and off. In this release that is **Crop-Paste**, the baseline of DefectSynth's Tables II,
-# III, VIII and IX; the four diffusion systems of the papers are not part of it yet.
+# shows every idea switched on and off: **Crop-Paste**, the baseline of DefectSynth's Tables II, III, VIII and IX, and
+# **DefectSynth**, equation by equation (its Fig. 2, stage 2; where masks come from, stage 1, is notebook 2).
+#
+# The unit of this notebook is a data set: it looks at one category.
 
 # %% tags=["parameters"]
 profile = None  # smoke, demo or paper; None: the environment variable DEFECTLIB_PROFILE, else smoke
@@ -40,10 +42,10 @@ import numpy as np
 import pandas as pd
 import torch
 
-from defectlib import params, sampling, stages
+from defectlib import attention, params, sampling, stages
+from defectlib.masks import alignment, sources, trimap
 from defectlib.masks import random as random_masks
-from defectlib.masks import trimap
-from defectlib.methods import base, crop_paste
+from defectlib.methods import base, crop_paste, defectsynth
 from defectlib.report import figures
 
 p = params.read(globals())
@@ -95,8 +97,7 @@ figure
 # untouched to the bit. The same requests, hence the same shots, places and turns:
 
 # %%
-few = {d: 4 for d in s.defects}
-requests = sampling.plan(shots, normals, 4, None, 0, s.prompts(), s.all_defects)
+requests = sampling.plan(shots, normals, 2, None, 0, s.prompts(), s.all_defects)
 variants = {
     "paper": {},
     "feather 2 px": {"feather": 2.0},
@@ -110,7 +111,6 @@ for name, values in variants.items():
 figure = figures.sheet(
     [[item.image for item in samples] for samples in drawn.values()],
     row_labels=list(drawn), column_labels=[request.defect for request in requests],
-    outline_masks=None,
 )  # fmt: skip
 figures.save(figure, folder, f"crop_paste_on_off_{s.category}")
 figure
@@ -128,9 +128,243 @@ changes = pd.DataFrame(rows, columns=["variant", "largest change outside the mas
 changes
 
 # %% [markdown]
+# ## DefectSynth
+#
+# A ControlNet, a copy of the base model's encoder, reads the mask and steers the frozen base model; it alone is trained,
+# on the shots. Drawing starts from a normal image. Two ideas are added at that time, and both can be switched off in the
+# same fit: **SAE** re-weights cross-attention towards what differs from a real defect, and **SFF** lets the samples of a
+# group lend each other features. The fit is that of notebook 5 where it is there; else it is made here, whatever
+# `methods` asks for, for this one category.
+
+# %%
+seed = s.seeds[0]
+record = stages.fit(s, "defectsynth", seed)
+fitted, model = s.load("defectsynth", seed), s.backbone("defectsynth")
+usual = fitted.config
+grid = model.latent_shape(s.size)[1:]
+print(
+    f"fitted in {record['metrics'][0]['value']:.1f} s on {len(fitted.shots)} shots; {usual.num_inference_steps} steps"
+)
+
+# %% [markdown]
+# ### The requests
+#
+# The masks of this notebook are real ones, moved and turned. All that follows is drawn for the same requests with the same
+# seeds.
+
+# %%
+size = max(2, s.settings.sample.group_size)
+asked = sampling.plan(shots, normals, size, sources.SOURCES["affine"], seed, s.prompts(), s.all_defects, size)
+first = [next(r for r in asked if r.defect == defect) for defect in s.defects][: usual.batch_size]
+masks = defectsynth.to_latents(torch.stack([r.mask for r in first]), grid)
+
+
+def enlarged(cells):
+    """A map (1, h, w) on the latents' grid, on the image's."""
+    return cells.repeat_interleave(model.cell, -1).repeat_interleave(model.cell, -2)
+
+
+# %% [markdown]
+# ### Mask, hint, and the reach of blending
+#
+# The ControlNet sees the mask in pixels (its *hint*). On the latents' grid a cell belongs to the mask if any of its pixels
+# does. After each step everything outside is replaced by the normal image's latents, noised to the same level. Early on the
+# border is set wide, so that a defect can join its surroundings; it shrinks to the mask.
+
+# %%
+moments = [950, 700, 450, 200, 0]
+reaches = [defectsynth.reach(t, grid[1], usual.dilation) for t in moments]
+figure = figures.sheet(
+    [
+        [r.normal, r.mask, enlarged(m), *[enlarged(defectsynth.dilated(m[None], n)[0]) for n in reaches]]
+        for r, m in zip(first, masks)
+    ],
+    row_labels=[r.defect for r in first],
+    column_labels=["normal", "hint", "latents", *[f"t = {t}: {n} cells" for t, n in zip(moments, reaches)]],
+)
+figures.save(figure, folder, f"defectsynth_blending_{s.category}")
+figure
+
+# %% [markdown]
+# ### Equations 5 and 6: alignment
+#
+# SAE compares with a real defect, so a real one must lie where the new one is to be. The motion $(t^*, \theta^*)$ is the
+# one that lays the real mask on the requested one with the largest overlap (Eq. 5), over all shifts and a fine grid of
+# angles; it is then applied to the real image's latents (Eq. 6), decoded here to be looked at.
+
+# %%
+rows, motions = [], []
+for r in first:
+    shot = next(shot for shot in shots if shot.defect == r.defect)
+    real, wanted = (alignment.coverage(mask, grid) for mask in (shot.mask, r.mask))
+    motion = alignment.align(real, wanted)
+    moved = alignment.apply(model.encode(shot.image[None])[0], motion)[0]
+    placed = alignment.apply(real, motion)[0].clamp(0, 1)
+    rows.append([shot.image, enlarged(real), enlarged(wanted), enlarged(placed), model.decode(moved[None])[0]])
+    before, possible = (real * wanted).sum().item(), min(real.sum().item(), wanted.sum().item())
+    motions.append([r.defect, motion.dy, motion.dx, motion.angle, before / possible, motion.overlap / possible])
+figure = figures.sheet(
+    rows, row_labels=[r.defect for r in first],
+    column_labels=["real", "its mask", "requested", "moved", "aligned latents"],
+)  # fmt: skip
+figures.save(figure, folder, f"defectsynth_alignment_{s.category}")
+figure
+
+# %%
+columns = ["defect", "down, cells", "right, cells", "turn, degrees", "overlap before", "overlap after"]
+motions = pd.DataFrame(motions, columns=columns)
+motions.round(2)
+
+# %% [markdown]
+# The overlap is a share of the smaller mask's area; masks count by coverage, so that a crack thinner than a cell counts.
+#
+# ### Equation 7: the weights
+#
+# $w = \lVert M \rVert_1\, \mathrm{softmax}\big(\mathrm{mean}_c (M (z_r' - z_t))^2\big) + 1$: largest where the latents of
+# this step differ most from the aligned real defect's. As printed the softmax runs over all pixels of the image; over those
+# of the mask the mean inside is exactly 2. Both are drawn here, and every step's weights are kept.
+
+# %%
+kept = {}
+for over in ("mask", "image"):
+    fitted.config = base.configure("defectsynth", usual.model_dump() | {"sae_softmax": over, "sae_cap": None})
+    with attention.watched_weights(model.unet) as kept[over]:
+        fitted.sample(first)
+levels = {"largest": 1.0, "90 %": 0.9, "median": 0.5}
+spread = pd.DataFrame(
+    [
+        [f"{over}, {name}", over, name, t, w[: len(first)][masks].quantile(q).item()]
+        for over, steps in kept.items() for t, w in steps for name, q in levels.items()
+    ],
+    columns=["softmax over", "over", "quantile", "t", "weight"],
+)  # fmt: skip
+figure = figures.curves(spread, x="t", y="weight", hue="softmax over", log=True)
+figures.save(figure, folder, f"defectsynth_weights_{s.category}", spread)
+figure
+
+# %% [markdown]
+# The weights inside the masks at every step (drawing runs from right to left), and as maps, over the mask: black is 1,
+# white the map's own largest weight, logarithmic between.
+
+# %%
+steps = [kept["mask"][i] for i in np.unique(np.linspace(0, len(kept["mask"]) - 1, 5).round().astype(int))]
+maps = [(log := w[: len(first)].log()) / log.amax((2, 3), keepdim=True).clamp_min(1e-12) for _, w in steps]
+figure = figures.sheet(
+    [[r.mask, *[enlarged(m[i]) for m in maps]] for i, r in enumerate(first)],
+    row_labels=[r.defect for r in first],
+    column_labels=["mask", *[f"t = {t}: up to {w[: len(first)].max():.1f}" for t, w in steps]],
+)
+figures.save(figure, folder, f"defectsynth_weight_maps_{s.category}")
+figure
+
+# %%
+tail = pd.DataFrame({
+    over: {
+        "largest weight, median over steps": np.median([w[: len(first)][masks].max().item() for _, w in steps]),
+        "mean inside": np.mean([w[: len(first)][masks].mean().item() for _, w in steps]),
+        "mean outside": np.mean([w[: len(first)][~masks].mean().item() for _, w in steps]),
+    }
+    for over, steps in kept.items()
+})  # fmt: skip
+tail.round(3)
+
+# %% [markdown]
+# ### Equations 8 and 9, on and off
+#
+# The weights multiply the rows of every cross-attention (Eq. 8). SFF comes after the last step: at random positions each
+# sample's feature is mixed with the most similar one of every other sample of its group (Eq. 9). *As released* takes the
+# values of the published code, which are these:
+
+# %%
+released = type(usual).as_released(**usual.fit_values())
+paper = usual.model_dump()
+pd.DataFrame(
+    [[name, str(paper[name]), str(value)] for name, value in released.model_dump().items() if value != paper[name]],
+    columns=["field", "here", "as released"],
+).set_index("field")
+
+# %%
+changed = {
+    "SAE and SFF": {}, "no SAE": {"sae": False}, "no SFF": {"sff": False}, "neither": {"sae": False, "sff": False},
+    "softmax over image": {"sae_softmax": "image"}, "weights up to 5": {"sae_cap": 5.0},
+    "SFF anywhere": {"sff_within": "image"},
+}  # fmt: skip
+configs = {name: base.configure("defectsynth", paper | values) for name, values in changed.items()}
+drawn = {}
+for name, config in (configs | {"as released": released}).items():
+    fitted.config = config
+    drawn[name] = torch.stack([item.image for item in fitted.sample(asked)])
+fitted.config = usual
+picked = [i for d in s.defects for i in [k for k, r in enumerate(asked) if r.defect == d][:2]]
+hidden = ("weights up to 5", "SFF anywhere")
+figure = figures.sheet(
+    [[asked[i].normal for i in picked], *[[x[i] for i in picked] for name, x in drawn.items() if name not in hidden]],
+    row_labels=["normal", *[name for name in drawn if name not in hidden]],
+    column_labels=[asked[i].defect for i in picked],
+    outline_masks=[[asked[i].mask for i in picked]] + [[None] * len(picked)] * (len(drawn) - len(hidden)),
+)
+figures.save(figure, folder, f"defectsynth_on_off_{s.category}")
+figure
+
+# %% [markdown]
+# In numbers: the mean absolute change against the normal image (inside and outside the masks) and against the first row
+# (inside), all in grey levels of 255, and the standard deviation of the samples' latents inside the mask, where the shots'
+# own is in the last row.
+
+# %%
+normal, within = torch.stack([r.normal for r in asked]), torch.stack([r.mask for r in asked])
+cells = defectsynth.to_latents(within, grid)
+
+
+def change(a, b, where):
+    return ((a - b).abs() * 127.5).mean(1, keepdim=True)[where].mean().item()
+
+
+def deviation(images, where):
+    return model.encode(images).cpu().movedim(1, -1)[where[:, 0]].std().item()
+
+
+rows = [
+    [
+        name,
+        change(x, normal, within),
+        change(x, normal, ~within),
+        change(x, drawn["SAE and SFF"], within),
+        deviation(x, cells),
+    ]
+    for name, x in drawn.items()
+]
+real, marked = (torch.stack([getattr(shot, part) for shot in shots]) for part in ("image", "mask"))
+rows.append(["shots", None, None, None, deviation(real, defectsynth.to_latents(marked, grid))])
+columns = ["variant", "to the normal, inside", "outside", "to the first row, inside", "deviation of latents"]
+effects = pd.DataFrame(rows, columns=columns).set_index("variant")
+effects.round(3)
+
+# %% [markdown]
+# One group with SFF off and on, and the difference (white is 32 grey levels or more).
+
+# %%
+off, on = (drawn[name][:size] for name in ("no SFF", "SAE and SFF"))
+difference = ((on - off).abs().amax(1, keepdim=True) * 127.5 / 32).clamp(max=1)
+figure = figures.sheet([list(off), list(on), list(difference)], row_labels=["no SFF", "SFF", "difference"])
+figures.save(figure, folder, f"defectsynth_fusion_{s.category}")
+figure
+
+# %% [markdown]
 # ## What was found
 
 # %%
 assert (changes["largest change outside the mask"] == 0).all()
-print(f"{len(requests)} requests, {len(variants)} variants: no pixel outside a mask changed in any of them.")
+print(
+    f"Crop-Paste: {len(requests)} requests, {len(variants)} variants: no pixel outside a mask changed in any of them."
+)
+print(
+    f"Alignment: mean overlap {motions['overlap before'].mean():.2f} before, {motions['overlap after'].mean():.2f} after."
+)
+largest = tail.loc["largest weight, median over steps"]
+print(
+    f"Largest SAE weight, median over steps: {largest['mask']:.1f} over the mask, {largest['image']:.1f} over the image."
+)
+for name in ("no SAE", "no SFF", "as released"):
+    print(f"DefectSynth, {name}: inside the masks {effects.loc[name, columns[3]]:.2f} grey levels from SAE and SFF.")
 print(stages.stamp(s))

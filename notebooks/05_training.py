@@ -16,11 +16,13 @@
 # %% [markdown]
 # # 5. Training: what is learned from a few shots
 #
-# Fits every method on the shots of one category, for every seed, and reports what a fit costs. This is the training half
-# of **Table IV**. A fit that is complete with the same parameters is read from its run folder, not repeated; a killed one
-# is continued.
+# Fits every method on the shots of one category, for every seed, and reports what is trained, how the loss falls, and what
+# a fit costs. This is the training half of **Table IV**. A fit that is complete with the same parameters is read from its
+# run folder, not repeated; a killed one is continued.
 #
-# Crop-Paste, the method of this release, learns nothing: its fit keeps the shots, and its cost is that of reading them.
+# The methods differ in what a fit is. DefectSynth trains a ControlNet on (mask, prompt, real image) beside a base model
+# that stays as it is; with `adapt_steps` an adapter of that model is trained first, on the category's normals, which the
+# paper does not do. Crop-Paste learns nothing: its fit keeps the shots, and its cost is that of reading them.
 #
 # One unit of this notebook is a category; `methods` and `seeds` are lists.
 
@@ -40,14 +42,19 @@ runs_root = None
 figures_root = None
 
 # %%
+import json
+
 import pandas as pd
+from IPython.display import display
+from safetensors.torch import load_file
 
 from defectlib import params, stages
-from defectlib.methods import base
-from defectlib.report import layout, tables
+from defectlib.report import figures, layout, tables
 
 p = params.read(globals())
 s = stages.study(p)
+folder = stages.figures_folder(p)
+figures.style()
 
 # %% [markdown]
 # ## What goes in
@@ -60,23 +67,91 @@ pd.Series([shot.defect for shot in shots]).value_counts(sort=False).rename("shot
 # %% [markdown]
 # ## Configuration
 #
-# The defaults are the paper's; a profile may name other values, and unknown ones are refused.
+# The defaults are the paper's; a profile may name other values, and unknown ones are refused. A field is read while a
+# method is fitted, or while it draws: a change of the second kind leaves a fit valid.
 
 # %%
-configs = {name: base.configure(name, s.settings.methods.get(name, {})).model_dump() for name in s.methods}
-pd.DataFrame(configs)
+rows = []
+for name in s.methods:
+    config = s.config(name)
+    for field, value in config.model_dump().items():
+        default = type(config).model_fields[field].default
+        stage = "fit" if field in config.FIT else "drawing"
+        rows.append([layout.method_title(name), stage, field, str(value), str(default) if value != default else ""])
+config = pd.DataFrame(rows, columns=["method", "read while", "field", "value", "the paper's, where it differs"])
+config.sort_values(["method", "read while"], ascending=[True, False], kind="stable").set_index(["method", "read while"])
 
 # %% [markdown]
 # ## Fitting
 
 # %%
 records = {(method, seed): stages.fit(s, method, seed) for method in s.methods for seed in s.seeds}
+models = {(method, seed): s.folder(s.fitted_as(method), seed).model for method, seed in records}
+described = {run: json.loads((model / "method.json").read_text()) for run, model in models.items()}
+
+# %% [markdown]
+# ## What is trained, and what stays as it is
+#
+# Parameters of the parts. What is trained is counted in the files of the fit, what is frozen in the base model. A ControlNet
+# starts as a copy of the UNet's first half, with layers of zeros where it joins the UNet, so that training starts from the
+# base model's own predictions.
+
+# %%
+rows = []
+for method in s.methods:
+    model, base, title = models[method, s.seeds[0]], s.backbone(method), layout.method_title(method)
+    learned = [file for file in sorted(model.rglob("*.safetensors")) if file.stem != "shots"]
+    if not learned:
+        rows.append([title, "nothing: the shots are kept", 0, "trained"])
+    for file in learned:
+        count = sum(tensor.numel() for tensor in load_file(file).values())
+        rows.append([title, file.relative_to(model).parts[0].removesuffix(".safetensors"), count, "trained"])
+    frozen = {"unet": base.unet, "vae": base.vae, "text_encoder": base.text_encoder} if base else {}
+    rows += [[title, part, sum(w.numel() for w in net.parameters()), "frozen"] for part, net in frozen.items()]
+parts = pd.DataFrame(rows, columns=["method", "part", "parameters", "state"])
+parts.style.format({"parameters": "{:,}"}).hide()
+
+# %% [markdown]
+# ## The loss on the way
+#
+# The mean over the last ten points of a curve, for every fit that learns; a point is the mean since the one before it. The
+# loss is the squared error of the predicted noise at random timesteps, some of which are far harder than others, so a curve
+# is rough, and a flat one does not say that what is drawn has stopped changing. Where the configuration gives the mask a
+# weight, the loss is larger by it: levels are comparable within a method only.
+
+# %%
+points = [
+    [f"{layout.method_title(method)}, seed {seed}", step, loss]
+    for (method, seed), about in described.items()
+    for step, loss in about.get("curve", [])
+]
+curve = pd.DataFrame(points, columns=["fit", "step", "loss"])
+smooth = curve.assign(loss=curve.groupby("fit", sort=False)["loss"].transform(lambda x: x.rolling(10, 1).mean()))
+if len(curve):
+    figure = figures.curves(smooth, x="step", y="loss", hue="fit")
+    figures.save(figure, folder, f"loss_curves_{s.category}", curve)
+    display(figure)
+else:
+    print(f"{', '.join(s.methods)}: there is no loss, because nothing is learned.")
+
+# %% [markdown]
+# ## What it costs
+#
+# *Items* are the shots, and with `flips` also their mirror images and half turns; *passes* is how often each was seen.
+# *Seconds* are the fit's own; the peak memory is this process's, or the GPU's where there is one.
+
+# %%
 rows = []
 for (method, seed), record in records.items():
-    files = [file for file in s.folder(method, seed).model.rglob("*") if file.is_file()]
-    size = sum(file.stat().st_size for file in files) / 2**20
-    rows.append([method, seed, record["metrics"][0]["value"], size, record["peak_memory_mb"], record["device"]])
-cost = pd.DataFrame(rows, columns=["method", "seed", "fit seconds", "model MiB", "peak memory MiB", "device"])
+    config = s.config(method).model_dump()
+    steps = max((step for step, _ in described[method, seed].get("curve", [])), default=0)
+    items = len(s.shots(seed)) * (4 if config.get("flips") else 1)
+    seconds = next(row["value"] for row in record["metrics"] if row["metric"] == "fit_s")
+    size = sum(file.stat().st_size for file in models[method, seed].rglob("*") if file.is_file()) / 2**20
+    passes = steps * config.get("train_batch_size", 0) / items
+    rows.append([method, seed, items, steps, passes, seconds, size, record["peak_memory_mb"], record["device"]])
+columns = ["method", "seed", "items", "steps", "passes", "seconds", "model MiB", "peak memory MiB", "device"]
+cost = pd.DataFrame(rows, columns=columns)
 cost.round(3)
 
 # %% [markdown]
@@ -93,7 +168,14 @@ layout.view(tables.build(stages.results(p, [s.category]), "table_4"))
 # ## What was found
 
 # %%
-print(
-    f"{len(records)} fits; the longest took {cost['fit seconds'].max():.2f} s and the largest model is {cost['model MiB'].max():.1f} MiB."
-)
+longest = cost.loc[cost["seconds"].idxmax()]
+print(f"{len(records)} fits; the longest, {longest['method']}, took {longest['seconds']:.1f} s.")
+for title, own in parts.groupby("method", sort=False):
+    trained = own.loc[own["state"] == "trained", "parameters"].sum()
+    if trained:
+        print(f"{title}: {trained:,} of {own['parameters'].sum():,} parameters are trained.")
+for fit, own in smooth.groupby("fit", sort=False):
+    print(
+        f"{fit}: loss {own['loss'].iloc[0]:.3f} at step {own['step'].iloc[0]}, {own['loss'].iloc[-1]:.3f} at the end."
+    )
 print(stages.stamp(s))

@@ -45,7 +45,9 @@ import ipywidgets
 import pandas as pd
 
 from defectlib import params, sampling, stages
+from defectlib.metrics import features, nearest
 from defectlib.report import figures, layout, tables
+from defectlib.types import Shot
 
 p = params.read(globals())
 s = stages.study(p)
@@ -55,7 +57,7 @@ figures.style()
 # %% [markdown]
 # ## The prompts
 #
-# One text a defect. Crop-Paste ignores it; text-conditioned systems do not.
+# One text a defect. Crop-Paste ignores it; DefectSynth was trained with it and draws with it.
 
 # %%
 pd.Series(s.prompts(), name="prompt").to_frame()
@@ -74,27 +76,29 @@ print(f"{len(report)} pairs in {len(records)} runs")
 # %% [markdown]
 # ## The report on the samples
 #
-# What spoils a training set is seldom seen on a sheet of eight: empty masks, masks over the whole image, images in which
-# nothing was drawn. The change is the mean absolute difference to the normal image, in grey levels of 255. A background
-# that a method promises to leave alone must show 0.
+# What spoils a training set is seldom seen on a sheet: empty masks, masks over the whole image, images in which nothing
+# was drawn. The change is the mean absolute difference to the normal image, in grey levels of 255. A background that a
+# method promises to keep must show 0 outside; where it does not promise that, the number is what passing through its
+# autoencoder changes, and what it draws beside the mask.
 
 # %%
 numbers = report.groupby(["method", "defect"], sort=False).agg(
     pairs=("seed", "size"), mean_area=("area", "mean"), components=("components", "mean"),
     change_inside=("change_inside", "mean"), change_outside=("change_outside", "max"),
 )  # fmt: skip
+numbers["background_kept"] = [s.method_of(method).preserves_background for method, _ in numbers.index]
 numbers["bad"] = report.groupby(["method", "defect"], sort=False).apply(lambda t: len(sampling.problems(t)))
 numbers.round(3)
 
 # %% [markdown]
 # ## Real, mask, generated
 #
-# For every defect: real images, drawn masks, and what was drawn for them. The outlines show the masks; look at the
-# images without them first.
+# For every defect: real images with their masks outlined, then for each method the masks and what was drawn for them. The
+# drawn ones carry no outline: whether a defect is seen without one is the question.
 
 # %%
 rows, labels, outlines = [], [], []
-n = 6
+n = 4
 for defect in s.defects:
     real = [shot for shot in s.shots(s.seeds[0]) if shot.defect == defect][:n]
     rows += [[shot.image for shot in real]]
@@ -105,29 +109,73 @@ for defect in s.defects:
         rows += [[item.mask for item in drawn], [item.image for item in drawn]]
         labels += [f"{defect}\nmask", f"{defect}\n{layout.method_title(method)}"]
         outlines += [[None] * len(drawn), [None] * len(drawn)]
-figure = figures.sheet(rows, row_labels=labels, outline_masks=outlines)
+figure = figures.sheet(rows, row_labels=labels, outline_masks=outlines, scale=128 / s.size)
 figures.save(figure, folder, f"fig_3_generated_{s.category}")
 figure
 
 # %% [markdown]
+# ## The failures
+#
+# The sheet above shows the first samples, good or bad. This one looks for the worst: for every sample the distance to the
+# nearest shot of its defect, in the features of the profile's extractor. Compared is a square around the defect, as large
+# as the largest shot needs, because the rest of the image differs from shot to shot anyway. **A large distance says that a
+# sample is drawn least like any real defect.** That need not be wrong (a new, good one is far from the shots too), so held-out
+# real defects stand in the same table, and the twelve farthest samples are shown, to be judged by eye.
+
+# %%
+extract, seed = features.load(s.settings.quality.extractor), s.seeds[0]
+shots = {d: [shot for shot in s.shots(seed) if shot.defect == d] for d in s.defects}
+unseen = [Shot(image, mask, s.category, d, name) for image, mask, d, name in s.held_out(seed) if d != "good"]
+found = []
+for d in s.defects:
+    if real := [shot for shot in unseen if shot.defect == d]:
+        found.append(nearest.nearest_shots(real, shots[d], extract).assign(source="real, held out", defect=d))
+    for method in s.methods:
+        drawn = sampling.load(s.folder(method, seed).path, d)
+        table = nearest.nearest_shots(drawn, shots[d], extract).assign(source=method, defect=d)
+        found.append(table.assign(seed=[drawn[i].seed for i in table["sample"]]))
+distances = pd.concat(found, ignore_index=True)
+distances.groupby(["defect", "source"], sort=False)["distance"].describe()[["count", "min", "50%", "max"]].round(2)
+
+# %%
+worst = distances[distances["source"].isin(s.methods)].nlargest(12, "distance", keep="first")
+worst = worst.astype({"seed": int}).reset_index(drop=True)
+worst.index += 1
+pairs = [sampling.read_pair(s.folder(row.source, seed).path, row.seed) for row in worst.itertuples()]
+close = [shots[row.defect][row.shot] for row in worst.itertuples()]
+rows, labels, outlines = [], [], []
+for first in range(0, len(pairs), 6):
+    drawn, real = pairs[first : first + 6], close[first : first + 6]
+    rows += [[image for image, _ in drawn], [shot.image for shot in real]]
+    labels += [f"samples\n{first + 1} to {first + len(drawn)}", "nearest\nshots"]
+    outlines += [[mask for _, mask in drawn], [shot.mask for shot in real]]
+listed = worst[["source", "defect", "seed", "distance"]]
+figure = figures.sheet(rows, row_labels=labels, outline_masks=outlines, scale=128 / s.size)
+figures.save(figure, folder, f"failures_{s.category}", listed)
+figure
+
+# %%
+listed.round(2).T
+
+# %% [markdown]
 # ## Explore
 #
-# With a running kernel: any method, seed and defect. The picture below the widget shows the first choice, so the page
-# says the same without one.
+# With a running kernel: any method, seed and defect. The picture below the widget shows the last
+# method's first samples, so the page says the same without one.
 
 
 # %%
 def explore(method, seed, defect, first):
-    drawn = sampling.load(s.folder(method, seed).path, defect)[first : first + 6]
+    drawn = sampling.load(s.folder(method, seed).path, defect)[first : first + 4]
     images, masks = [item.image for item in drawn], [item.mask for item in drawn]
-    return figures.sheet([images, images], row_labels=["drawn", "mask"], outline_masks=[[None] * len(images), masks])
+    return figures.sheet([masks, images], row_labels=["mask", "drawn"], scale=128 / s.size)
 
 
-last = max(0, s.settings.sample.n_per_defect - 6)
+last = max(0, s.settings.sample.n_per_defect - 4)
 ipywidgets.interactive(explore, method=list(s.methods), seed=list(s.seeds), defect=list(s.defects), first=(0, last))
 
 # %%
-explore(s.methods[0], s.seeds[0], s.defects[0], 0)
+explore(s.methods[-1], s.seeds[0], s.defects[0], 0)
 
 # %% [markdown]
 # ## Table IV, inference
@@ -147,4 +195,8 @@ print(f"{len(report)} pairs drawn; {bad} of them have an empty mask, a full mask
 for (method, defect), row in numbers.iterrows():
     print(f"{method}, {defect}: mean area {row.mean_area:.3f}, change {row.change_inside:.0f} grey levels inside the mask, "
           f"at most {row.change_outside:.2g} outside.")  # fmt: skip
+for method, own in distances.groupby("source", sort=False):
+    among = (worst["source"] == method).sum()
+    print(f"{method}: median distance to the nearest shot {own['distance'].median():.2f}"
+          + (f", {among} of the {len(worst)} farthest samples." if method in s.methods else "."))  # fmt: skip
 print(stages.stamp(s))

@@ -44,7 +44,6 @@ figures_root = None
 import json
 
 import pandas as pd
-from IPython.display import display
 
 from defectlib import params, sampling, stages
 from defectlib.report import figures, layout, tables
@@ -73,7 +72,8 @@ pd.DataFrame(rows, columns=["method", "variant", "what is changed"]).set_index([
 # overlap with a real mask of the defect after the best turn and shift; `nan`: the method makes its own masks.
 
 # %%
-names = [*s.methods, *s.variants]
+families = [[m, *(v for v in s.variants if s.settings.variants[v].of == m)] for m in s.methods]
+names = [name for family in families for name in family]
 records = {(name, seed): stages.quality(s, name, seed) for name in names for seed in s.seeds}
 results = stages.results(p, [s.category])
 seeds = results[results["method"].isin(names)].groupby(["method", "metric", "seed"])["value"].mean()
@@ -92,20 +92,18 @@ summary.reindex(names).rename(index=layout.method_title).round(3)
 
 # %%
 n = min(3, s.settings.sample.n_per_defect)
-for method in s.methods:
-    family = [method, *(name for name in s.variants if s.settings.variants[name].of == method)]
-    drawn = {
-        name: [item for d in s.defects for item in sampling.load(s.folder(name, s.seeds[0]).path, d, limit=n)]
-        for name in family
-    }
-    figure = figures.sheet(
-        [[item.image for item in samples] for samples in drawn.values()],
-        row_labels=[layout.method_title(name) for name in drawn],
-        column_labels=[item.defect for item in drawn[method]],
-        outline_masks=[[item.mask for item in samples] for samples in drawn.values()],
-    )
-    figures.save(figure, folder, f"fig_5_ablation_{method}_{s.category}")
-    display(figure)
+drawn = {
+    name: [item for d in s.defects for item in sampling.load(s.folder(name, s.seeds[0]).path, d, limit=n)]
+    for name in names
+}
+figure = figures.sheet(
+    [[item.image for item in samples] for samples in drawn.values()],
+    row_labels=[layout.method_title(name) for name in drawn],
+    column_labels=[item.defect for item in drawn[names[0]]],
+    outline_masks=[[item.mask for item in samples] for samples in drawn.values()],
+)
+figures.save(figure, folder, f"fig_5_ablation_{s.category}")
+figure
 
 # %% [markdown]
 # ## Tables V, VI and VII

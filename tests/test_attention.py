@@ -8,7 +8,15 @@ from peft import LoraConfig
 from torch import nn
 
 from defectlib import attention
-from defectlib.attention import AttentionWeights, ReweightedAttnProcessor, reweighted, selective_weights
+from defectlib.attention import (
+    AttentionWeights,
+    ReweightedAttnProcessor,
+    reweighted,
+    selective_weights,
+    text_maps,
+    watched_text,
+    watched_weights,
+)
 
 
 def normal(seed, *shape):
@@ -259,3 +267,49 @@ def test_a_model_without_cross_attention_or_with_trained_processors_is_refused(u
     with pytest.raises(ValueError, match="attn2 has a processor with weights of its own"), reweighted(block, None):
         pass
     assert isinstance(block["attn2"].processor, Trained)
+
+
+def test_the_weights_of_every_step_can_be_watched(unet):
+    latents, text, holder = normal(0, 2, 3, 8, 8), normal(1, 2, 3, 12), AttentionWeights()
+    first, second = 1 + normal(2, 2, 1, 8, 8).abs(), 1 + normal(3, 2, 1, 8, 8).abs()
+    with watched_weights(unet) as seen:
+        predict(unet, latents, text)
+        with reweighted(unet, holder):
+            predict(unet, latents, text)
+            assert seen == [], "nothing is re-weighted yet"
+            for weights in (first, second):
+                holder.set(weights)
+                predict(unet, latents, text)
+    assert [timestep for timestep, _ in seen] == [500, 500]
+    assert torch.equal(seen[0][1], first) and torch.equal(seen[1][1], second)
+    with reweighted(unet, holder):
+        predict(unet, latents, text)
+    assert len(seen) == 2, "no longer watched"
+
+
+def test_watched_text_is_the_share_of_attention_and_leaves_the_model_as_it_is(unet):
+    latents, text = normal(0, 2, 3, 8, 8), normal(1, 2, 3, 12)
+    stock = predict(unet, latents, text)
+    with watched_text(unet) as seen:
+        assert torch.equal(predict(unet, latents, text), stock)
+    layers = [m for name, m in unet.named_modules() if name.endswith("attn2")]
+    assert sorted({tuple(shares.shape) for shares in seen}) == [(2, 16, 3), (2, 64, 3)] and len(seen) == len(layers)
+    maps = text_maps(seen, (8, 8))
+    assert maps.shape == (2, 3, 8, 8) and torch.allclose(maps.sum(1), torch.ones(2, 8, 8), atol=1e-5)
+    predict(unet, latents, text)
+    assert len(seen) == len(layers), "no longer watched"
+
+
+def test_watched_text_by_hand():
+    """One head of width one: the score is the product, so a cell of 1 sees the keys 0 and ln 3 as 1 to 3."""
+    attn = layer(query_dim=1, cross_attention_dim=1, heads=1, dim_head=1)
+    for projection in (attn.to_q, attn.to_k):
+        nn.init.ones_(projection.weight)
+    block = nn.ModuleDict({"attn2": attn})
+    hidden, text = torch.tensor([0.0, 1, 0, 0])[None, :, None], torch.tensor([0, math.log(3)])[None, :, None]
+    with watched_text(block) as seen, torch.no_grad():
+        attn(hidden, encoder_hidden_states=text)
+    maps = text_maps(seen, (2, 2))
+    assert torch.allclose(maps[0, 1], torch.tensor([[0.5, 0.75], [0.5, 0.5]]))
+    with pytest.raises(ValueError, match="no cross-attention layer"), watched_text(nn.Linear(2, 2)):
+        pass

@@ -8,32 +8,57 @@ from collections.abc import Sequence
 CAPTIONS = {
     "fig_3_generated": "Real, mask, generated, as in DefectSynth Figs. 3 and 4: every defect's real images with "
     "outlined masks, the drawn masks, and what each method drew for them.",
+    "failures": "The twelve samples farthest from every shot of their defect, over all methods, and below each the "
+    "nearest shot, masks outlined, the farthest first.",
     "fig_1_starting_point": "The starting point, as in DefectSynth Fig. 1: normal images, and all that a method may "
     "see of each defect; red outlines are the masks.",
     "mask_area": "How large the defects are: a dot is one real mask, the bar its defect's mean; DefectSynth "
     "interpolates masks in image space left of the dashed line and in latent space right of it.",
     "fig_2_mask_sources": "Where masks can come from: real ones, thresholded Perlin noise, moved real ones, and "
-    "interpolation between two real ones.",
+    "interpolation between two real ones in image and in latent space; first draws, those framed red are drawn again.",
+    "fig_2_inversion": "Masks carried to noise by DDIM inversion, and back: what latent interpolation starts from.",
     "fig_2_interpolation": "From one mask to another: DefectSynth's interpolation in image space, with pixels "
-    "paired in raster order and by optimal transport; red frames are not kept.",
+    "paired in raster order and by optimal transport, and in latent space; frames in red are not kept.",
     "adabldm_fig_2_trimap": "AdaBLDM's trimap: defect white, the rest of the object grey, background black.",
     "crop_paste_steps": "Crop-Paste, step by step.",
     "crop_paste_on_off": "Crop-Paste with its options on and off, for the same requests.",
-    "ablation_crop_paste": "Crop-Paste with one option changed at a time, for the same requests.",
+    "defectsynth_blending": "DefectSynth: the requested mask, as hint and on the latents' grid, and how far beyond it "
+    "the drawing may reach at several timesteps.",
+    "defectsynth_alignment": "DefectSynth, Eqs. 5 and 6: a real defect, moved to where its mask overlaps the requested "
+    "one most.",
+    "defectsynth_weights": "DefectSynth, Eq. 7: the weights inside the masks at every step, with the softmax over the "
+    "mask or over the image.",
+    "defectsynth_weight_maps": "DefectSynth, Eq. 7: the weights as maps at several steps; black is 1, white the map's "
+    "largest, logarithmic between.",
+    "defectsynth_on_off": "DefectSynth with SAE and SFF on and off, and as released, for the same requests.",
+    "defectsynth_fusion": "DefectSynth, Eq. 9: one group without and with SFF, and the difference.",
+    "loss_curves": "The loss of every method that learns, over the steps of its fit.",
+    "fig_5_ablation": "Every method with one part changed at a time, for the same seeds; masks outlined.",
     "downstream": "Downstream models trained on the shots alone and on samples, tested on held-out real images.",
     "confusion": "Which defects the classifier confuses, summed over seeds.",
     "worst_misses": "The held-out defects that the localiser found least: image, truth, prediction.",
     "kid_spread": "How much KID moves with the number of images: every dot is one random subset.",
-    "schedule": "The noise schedule: how much signal and noise an image holds at each timestep.",
-    "dualanodiff_fig_3_noising": "One shot, noised to several timesteps.",
-    "closed_form_denoiser": "The best denoiser of a finite set, in closed form.",
+    "backbone_curves": "The base model's training: the loss of the autoencoder and of the UNet.",
+    "vae_round_trip": "Real defects through the base model's autoencoder and back, and the error.",
+    "schedule": "The noise schedule: how much signal and noise the latents hold at each timestep.",
+    "dualanodiff_fig_3_noising": "One shot, noised to several timesteps, and what the base model takes it for.",
     "denoising_loop": "The denoising loop: the predicted image along the way.",
+    "zero_shot_world": "Pictures of the base model's own world, and what it draws for their prompts.",
+    "inversion": "Real defects inverted to noise and drawn back, in few and in many steps.",
+    "attention_words": "Where the words of a prompt are read: cross-attention maps of the base model.",
+    "dualanodiff_fig_3_attention": "As in DualAnoDiff Fig. 3: what the base model draws for the rare words of its two "
+    "branches, and their cross-attention maps.",
+    "zero_shot_defects": "Real defects beside what the base model draws for their prompts without any shot.",
+    "closed_form_denoiser": "The best denoiser of a finite set, in closed form.",
     "memorisation": "What a perfect denoiser of a small set draws: each sample beside its nearest shot.",
 }  # fmt: skip
 # Drawn by the notebooks whose unit is a data set: for the first category of a batch only.
 OF_FIRST_CATEGORY = frozenset({
-    "fig_1_starting_point", "mask_area", "crop_paste_steps", "crop_paste_on_off", "schedule",
-    "dualanodiff_fig_3_noising", "closed_form_denoiser", "denoising_loop", "memorisation",
+    "fig_1_starting_point", "mask_area", "crop_paste_steps", "crop_paste_on_off", "defectsynth_blending",
+    "defectsynth_alignment", "defectsynth_weights", "defectsynth_weight_maps", "defectsynth_on_off",
+    "defectsynth_fusion", "backbone_curves", "vae_round_trip", "schedule", "dualanodiff_fig_3_noising",
+    "denoising_loop", "zero_shot_world", "inversion", "attention_words", "dualanodiff_fig_3_attention",
+    "zero_shot_defects", "closed_form_denoiser", "memorisation",
 })  # fmt: skip
 
 

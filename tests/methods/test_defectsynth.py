@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from defectlib.methods.defectsynth import DefectSynth, DefectSynthConfig, dilated, reach, to_latents
+from defectlib.methods.defectsynth import DefectSynth, DefectSynthConfig, dilated, embedded_once, reach, to_latents
 from defectlib.types import Request, Shot
 
 PROMPTS = {"hole": "a plate with a hole"}
@@ -94,6 +94,22 @@ def test_training_moves_the_controlnet_alone(fitted, untrained, tmp_path):
     method.fit(SHOTS, [], prompts=PROMPTS, seed=0, workdir=tmp_path)
     assert torch.equal(untrained.unet.conv_in.weight, before)
     assert any(p.abs().max() > 0 for p in method.controlnet.controlnet_down_blocks.parameters()), "zero-initialised"
+
+
+def test_the_hint_is_embedded_once_to_the_same_residuals(fitted):
+    net, hint = fitted.controlnet, REQUESTS[0].mask.float().expand(1, 3, -1, -1)
+    embedding, calls = net.controlnet_cond_embedding, []
+    latents, text = torch.randn(1, 12, 16, 16), fitted.backbone.embed([PROMPTS["hole"]])
+    plain = net(latents, 500, text, hint, return_dict=False)
+    handle = embedding.register_forward_hook(lambda *_: calls.append(1))
+    with embedded_once(net, hint) as embedded:
+        once = [net(latents, 500, text, embedded, return_dict=False) for _ in range(2)][1]
+    handle.remove()
+    assert len(calls) == 1 and net.controlnet_cond_embedding is embedding
+    assert all(torch.equal(a, b) for a, b in zip([*plain[0], plain[1]], [*once[0], once[1]], strict=True))
+    with pytest.raises(RuntimeError, match="in the loop"), embedded_once(net, hint):
+        raise RuntimeError("in the loop")
+    assert net.controlnet_cond_embedding is embedding
 
 
 def test_latent_masks_keep_a_crack_of_one_pixel():
