@@ -76,7 +76,7 @@ for name in s.methods:
     config = s.config(name)
     for field, value in config.model_dump().items():
         default = type(config).model_fields[field].default
-        stage = "fit" if field in config.FIT else "drawing"
+        stage = "drawing" if field in config.DRAWING else "fit"
         rows.append([layout.method_title(name), stage, field, str(value), str(default) if value != default else ""])
 config = pd.DataFrame(rows, columns=["method", "read while", "field", "value", "the paper's, where it differs"])
 config.sort_values(["method", "read while"], ascending=[True, False], kind="stable").set_index(["method", "read while"])

@@ -22,14 +22,14 @@ class MethodConfig(Strict):
     """Base of every method's frozen configuration: unknown fields are refused, ablations are fields.
 
     Class attributes:
-        FIT: The fields that ``fit`` reads. The others are read when a sample is drawn: a change leaves a fit valid.
+        DRAWING: The fields that ``fit`` does not read, so that a change leaves a fit valid.
     """
 
-    FIT: ClassVar[tuple[str, ...]] = ()
+    DRAWING: ClassVar[tuple[str, ...]] = ()
 
     def fit_values(self) -> dict[str, Any]:
         """What a fit depends on."""
-        return self.model_dump(include=set(self.FIT))
+        return self.model_dump(exclude=set(self.DRAWING))
 
 
 @runtime_checkable
@@ -37,7 +37,7 @@ class Method(Protocol):
     """A few-shot defect image generator.
 
     Attributes:
-        config: Its configuration; may be replaced after a fit by one that differs outside ``Config.FIT``.
+        config: Its configuration; may be replaced after a fit by one that differs in ``Config.DRAWING``.
 
     Class attributes:
         Config: The method's :class:`MethodConfig`.

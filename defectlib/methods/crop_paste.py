@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -27,6 +28,10 @@ from defectlib.types import Request, Sample, Shot
 
 class CropPasteConfig(MethodConfig):
     """Geometry of the pasted defect; ``feather`` is the width in px of a blend that stays inside the mask."""
+
+    DRAWING: ClassVar[tuple[str, ...]] = (
+        *("rotate", "scale_low", "scale_high", "flip", "inside_foreground", "feather", "attempts"),
+    )
 
     rotate: float = Field(360.0, ge=0, le=360)
     scale_low: float = Field(0.85, gt=0)

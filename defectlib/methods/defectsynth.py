@@ -70,9 +70,10 @@ class DefectSynthConfig(MethodConfig):
             released code), or anywhere, as Equation 9 is printed: that changes the background too.
     """
 
-    FIT: ClassVar[tuple[str, ...]] = (
-        *("epochs", "steps", "train_batch_size", "learning_rate", "flips", "mask_weight"),
-        *("precision", "gradient_checkpointing", "ema", "adapt_steps", "adapt_rank", "adapt_learning_rate"),
+    DRAWING: ClassVar[tuple[str, ...]] = (
+        *("num_inference_steps", "eta", "controlnet_scale", "guidance_scale", "dilation", "batch_size"),
+        *("sae", "sae_form", "sae_softmax", "sae_cap"),
+        *("sff", "sff_rate", "sff_base_weight", "sff_within", "sff_form", "match_colours"),
     )
 
     epochs: int = Field(2000, ge=1)

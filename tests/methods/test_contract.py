@@ -131,3 +131,10 @@ def test_no_shots_is_refused(fitted, untrained, tmp_path):
     with pytest.raises(ValueError, match="at least one shot"):
         method = type(fitted[0])(fitted[0].config, untrained)
         method.fit([], NORMALS, prompts=PROMPTS, seed=0, workdir=tmp_path)
+
+
+@pytest.mark.parametrize("name", base.names())
+def test_fields_of_drawing_are_fields_and_leave_a_fit_valid(name):
+    config = base.configure(name, QUICK.get(name, {}))
+    assert set(config.DRAWING) <= set(type(config).model_fields)
+    assert set(config.fit_values()) == set(type(config).model_fields) - set(config.DRAWING)
