@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from defectlib import backbone, paths
-from defectlib.data import world
-from defectlib.pretrain import __main__, card, parts, recipe
+from defectlib.data import mini, world
+from defectlib.pretrain import __main__, card, evidence, parts, recipe
 from defectlib.pretrain.recipe import Components
 from defectlib.training import FitSettings
 
@@ -30,11 +30,11 @@ def test_components_are_whitened_and_ordered():
 
 
 def test_twelve_numbers_a_block_keep_what_eight_lose(monkeypatch):
-    mini = torch.cat(list(card.mini_images(2).values()))
+    pictures = torch.cat(list(card.mini_images(2).values()))
     kept = {}
     for n in (8, 12):
         monkeypatch.setattr(parts, "LATENT_CHANNELS", n)
-        kept[n] = linear_psnr(Components(PICTURES), mini)
+        kept[n] = linear_psnr(Components(PICTURES), pictures)
     assert kept[8] < 28 < 29 < kept[12]
 
 
@@ -55,10 +55,15 @@ def test_psnr_by_hand():
 
 def test_the_recipe_from_end_to_end(tmp_path, monkeypatch, capsys):
     quick = FitSettings(steps=2, batch_size=2, learning_rate=1e-3, ema=0.9)
-    for name in ("WARM_FIT", "VAE_FIT", "UNET_FIT"):
+    for name in ("WARM_FIT", "VAE_FIT", "UNET_FIT", "OFFSET_FIT"):
         monkeypatch.setattr(recipe, name, quick)
     monkeypatch.setattr(recipe, "WORLD", 24)
     monkeypatch.setattr(recipe, "HELD_OUT", 4)
+    monkeypatch.setattr(evidence, "PROFILE", "smoke")
+    for name in ("SHOTS", "TEST", "NORMALS", "SAMPLES"):
+        monkeypatch.setattr(evidence, name, 2)
+    monkeypatch.setattr(mini, "CATEGORIES", {"gear": ("crack",)})
+    monkeypatch.setitem(evidence.ZERO_SHOT, "num_inference_steps", 2)
     out = tmp_path / "base"
     monkeypatch.setattr(
         sys, "argv", ["pretrain", "--out", str(out), "--work", str(tmp_path / "work"), "--threads", "1"]

@@ -18,6 +18,7 @@ from defectlib.metrics import regions
 from defectlib.types import Shot
 
 SHOTS, TEST, NORMALS, SAMPLES = 8, 12, 24, 24
+PROFILE = "demo"
 ZERO_SHOT = {"steps": 0, "guidance_scale": 3.0, "sae": False, "sff": False}
 
 
@@ -35,7 +36,7 @@ def localisation(model: Backbone, folder: Path, seed: int = 0) -> pd.DataFrame:
         A row a category: zero-shot samples, the shots alone, Crop-Paste samples, and chance (the share of defect
         pixels, the AP of a map that says nothing).
     """
-    settings, rows = params.load_profile("demo").downstream.localiser, []
+    settings, rows = params.load_profile(PROFILE).downstream.localiser, []
     for category, defects in mini.CATEGORIES.items():
         shots = [
             Shot(image, mask, category, d, f"{i:03d}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import json
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -12,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -19,7 +22,7 @@ from defectlib import diffusion, images, paths
 from defectlib.backbone import tokenize
 from defectlib.data import world
 from defectlib.pretrain import parts
-from defectlib.training import FitSettings, fit
+from defectlib.training import FitSettings, Loss, fit
 
 WORLD = 24_000
 HELD_OUT = 512
@@ -38,6 +41,12 @@ UNET_FIT = FitSettings(
     precision="bf16", save_every=500,
 )  # fmt: skip
 NO_PROMPT = 0.1
+# Offset noise makes the first fit slower, and a short second one is enough.
+OFFSET_FIT = FitSettings(
+    steps=1000, batch_size=32, learning_rate=5e-4, schedule="cosine", warmup=50, weight_decay=0.01, ema=0.99,
+    precision="bf16", save_every=250,
+)  # fmt: skip
+OFFSET_NOISE = 0.2
 
 Progress = Callable[[int, float], None] | None
 
@@ -94,6 +103,32 @@ class Components:
         return rows.view(len(images), side, side, parts.LATENT_CHANNELS).permute(0, 3, 1, 2)
 
 
+def phase(
+    model: nn.Module,
+    loss: Loss,
+    n: int,
+    settings: FitSettings,
+    seed: int,
+    folder: Path,
+    progress: Progress,
+    before: int = 0,
+) -> list[tuple[int, float]]:
+    """A fit whose end is kept beside ``folder``, so that a later one that is killed does not repeat it.
+
+    Returns:
+        Its curve, counted from the ``before`` steps that went before.
+    """
+    done = folder.with_suffix(".safetensors")
+    if not done.is_file():
+        curve = fit(model, loss, n, settings, seed=seed, folder=folder, progress=progress)
+        state = {name: value.contiguous() for name, value in model.state_dict().items()}
+        paths.write_bytes(done, safetensors.torch.save(state, metadata={"curve": json.dumps(curve)}))
+    model.load_state_dict(safetensors.torch.load_file(done))
+    model.eval()
+    with safe_open(done, "pt") as file:
+        return [(before + step, value) for step, value in json.loads(file.metadata()["curve"])]
+
+
 def train_vae(
     pixels: Tensor, seed: int, folder: Path, device: str, progress: Progress = None
 ) -> tuple[AutoencoderKL, list[tuple[int, float]]]:
@@ -127,12 +162,14 @@ def train_vae(
         kl = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).float().mean()
         return (decoded.float() - shown).abs().mean() + KL_WEIGHT * kl
 
-    started = fit(vae, warm, len(pixels), WARM_FIT, seed=seed, folder=folder / "vae-warm", progress=progress)
-    curve = fit(vae, joint, len(pixels), VAE_FIT, seed=seed, folder=folder / "vae-fit", progress=progress)
+    curve = [
+        *phase(vae, warm, len(pixels), WARM_FIT, seed, folder / "vae-warm", progress),
+        *phase(vae, joint, len(pixels), VAE_FIT, seed, folder / "vae-fit", progress, WARM_FIT.steps),
+    ]
     with torch.no_grad():
         std = vae.encode(to_float(pixels[:1000]).to(device)).latent_dist.mean.std()
     vae.register_to_config(scaling_factor=round(float(1 / std), 4))
-    return vae, started + [(WARM_FIT.steps + step, loss) for step, loss in curve]
+    return vae, curve
 
 
 @torch.no_grad()
@@ -154,21 +191,30 @@ def train_unet(
     device: str,
     progress: Progress = None,
 ) -> tuple[UNet2DConditionModel, CLIPTextModel, list[tuple[int, float]]]:
-    """Fit UNet and text encoder together: eps-MSE at uniform timesteps, the prompt left out in a tenth of the items."""
+    """Fit UNet and text encoder together: eps-MSE at uniform timesteps, the prompt left out in a tenth of the items.
+
+    A second fit adds offset noise, so that colours come from the prompt (see :func:`diffusion.noised`).
+    """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = nn.ModuleDict({"unet": parts.new_unet(), "text_encoder": parts.new_text_encoder(tokenizer)}).to(device)
-    if device == "cpu":  # in bfloat16 the backward pass of torch's fused attention is slow there: 0.50 s a step, or 0.35
+    if (
+        device == "cpu"
+    ):  # in bfloat16 the backward pass of torch's fused attention is slow there: 0.50 s a step, or 0.35
         model["unet"].set_attn_processor(AttnProcessor())
     schedule, empty = diffusion.sd_scheduler(), tokenize(tokenizer, [""])
 
-    def loss(items: Tensor, generator: torch.Generator) -> Tensor:
-        noisy, timesteps, noise = diffusion.noised(latents[items].to(device), schedule, generator)
+    def loss(items: Tensor, generator: torch.Generator, offset: float = 0.0) -> Tensor:
+        noisy, timesteps, noise = diffusion.noised(latents[items].to(device), schedule, generator, offset)
         dropped = torch.rand(len(items), generator=generator) < NO_PROMPT
         hidden = model["text_encoder"](torch.where(dropped[:, None], empty, tokens[items]).to(device))[0]
         predicted = model["unet"](noisy, timesteps, hidden).sample
         return (predicted.float() - noise).square().mean()
 
-    curve = fit(model, loss, len(latents), UNET_FIT, seed=seed, folder=folder / "unet-fit", progress=progress)
+    offset = functools.partial(loss, offset=OFFSET_NOISE)
+    curve = [
+        *phase(model, loss, len(latents), UNET_FIT, seed, folder / "unet-fit", progress),
+        *phase(model, offset, len(latents), OFFSET_FIT, seed, folder / "unet-offset", progress, UNET_FIT.steps),
+    ]
     model["unet"].set_default_attn_processor()
     return model["unet"], model["text_encoder"], curve
