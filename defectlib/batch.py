@@ -216,8 +216,7 @@ def made_from(parameters: Parameters) -> str:
     from defectlib import backbone, stages  # imports torch, which the run graph must not wait for
 
     s = stages.study(parameters)
-    learned = any(s.method_of(name).needs_backbone for name in s.methods)
-    base = backbone.digest(s.settings.backbone) if learned else None
+    base = backbone.digest(s.settings.backbone)
     read = [s.settings.model_dump(), s.prompts(), [s.data_key(seed) for seed in s.seeds], base]
     return hashlib.sha256(json.dumps(read, sort_keys=True).encode()).hexdigest()
 

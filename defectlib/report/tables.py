@@ -224,7 +224,7 @@ def _reasons(row, spec: Spec, published_for: set[str], started: set[tuple[str, s
         open_in_paper = pd.isna(row.published) and not row.metric.startswith("tiny-")
         if open_in_paper or row.metric in HALF_DEFINED:
             found.append("undefined_in_paper")
-        if row.profile != "paper":
+        if row.profile != spec.profile:
             found.append("reduced_scale")
         if published.UNITS.get(row.metric) in ("h", "s", "1/s"):
             found.append("other_machine")
