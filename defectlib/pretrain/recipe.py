@@ -43,7 +43,7 @@ UNET_FIT = FitSettings(
 NO_PROMPT = 0.1
 # Offset noise makes the first fit slower, and a short second one is enough.
 OFFSET_FIT = FitSettings(
-    steps=1000, batch_size=32, learning_rate=5e-4, schedule="cosine", warmup=50, weight_decay=0.01, ema=0.99,
+    steps=500, batch_size=32, learning_rate=5e-4, schedule="cosine", warmup=25, weight_decay=0.01, ema=0.99,
     precision="bf16", save_every=250,
 )  # fmt: skip
 OFFSET_NOISE = 0.2
