@@ -247,11 +247,12 @@ def stage_files(job: Job) -> list[Path]:
     stage, asked = NOTEBOOKS[job.notebook][2], job.parameters
     if stage is None:
         return []
-    names = list(asked.methods)
+    settings, runs_of = asked.settings(), [(name, seed) for name in asked.methods for seed in asked.seeds]
     if job.notebook == "08_ablation":
-        names += asked.settings().variants_of(names)
+        few = asked.seeds[: settings.grid.variant_seeds]
+        runs_of += [(name, seed) for name in settings.variants_of(asked.methods) for seed in few]
     folder = asked.dataset_folder() / asked.category
-    return [folder / name / f"s{seed}" / f"{stage}.json" for name in names for seed in asked.seeds]
+    return [folder / name / f"s{seed}" / f"{stage}.json" for name, seed in runs_of]
 
 
 def withdraw_stale_receipts(graph: dict[str, Job]) -> list[str]:

@@ -68,15 +68,18 @@ pd.DataFrame(rows, columns=["method", "variant", "what is changed"]).set_index([
 # %% [markdown]
 # ## Quality and time of each
 #
-# Averages over the category's defects and the seeds; the sd is over seeds. KID is times 1,000. A mask's IoU is its largest
-# overlap with a real mask of the defect after the best turn and shift; `nan`: the method makes its own masks.
+# Averages over the category's defects and over the seeds that the profile draws variants for; the sd is over these seeds.
+# KID is times 1,000. A mask's IoU is its largest overlap with a real mask of the defect after the best turn and shift;
+# `NaN`: the method makes its own masks.
 
 # %%
 families = [[m, *(v for v in s.variants if s.settings.variants[v].of == m)] for m in s.methods]
 names = [name for family in families for name in family]
-records = {(name, seed): stages.quality(s, name, seed) for name in names for seed in s.seeds}
+shared = list(s.seeds[: s.settings.grid.variant_seeds])
+records = {(name, seed): stages.quality(s, name, seed) for name in names for seed in shared}
 results = stages.results(p, [s.category])
-seeds = results[results["method"].isin(names)].groupby(["method", "metric", "seed"])["value"].mean()
+asked = results[results["method"].isin(names) & results["seed"].isin(shared)]
+seeds = asked.groupby(["method", "metric", "seed"])["value"].mean()
 mean, sd = seeds.groupby(level=[0, 1]).mean().unstack(), seeds.groupby(level=[0, 1]).std().unstack()
 q = s.settings.quality
 kid, shown = f"{q.extractor}-kid", [f"{q.extractor}-is", f"{q.perceptual}-lpips", "mask_iou", "seconds_per_image"]
