@@ -34,27 +34,20 @@ def noise_like(seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
     return torch.stack(rows)
 
 
-def noised(
-    clean: Tensor, scheduler: DDIMScheduler, generator: torch.Generator, offset: float = 0.0
-) -> tuple[Tensor, Tensor, Tensor]:
+def noised(clean: Tensor, scheduler: DDIMScheduler, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
     """What a training step shows the model and asks of it: clean latents at uniform timesteps.
 
     Args:
         clean: x_0, (N, C, H, W), on any device.
         scheduler: Its noise schedule is used.
         generator: On the CPU: timesteps first, then noise, so that a device changes neither.
-        offset: Standard deviation of a constant added to each channel's noise ("offset noise", Guttenberg 2023).
-            Without it the last level of Stable Diffusion's schedule still shows a channel's mean, and a model draws the
-            colour of the noise that it starts from, not that of its prompt.
 
     Returns:
         x_t and the noise (N, C, H, W), the target of eps-prediction, with the timesteps (N,) between them.
     """
     timesteps = torch.randint(scheduler.config.num_train_timesteps, (len(clean),), generator=generator)
-    noise = torch.randn(clean.shape, generator=generator)
-    if offset:
-        noise = noise + offset * torch.randn(*clean.shape[:2], 1, 1, generator=generator)
-    noise, timesteps = noise.to(clean.device), timesteps.to(clean.device)
+    noise = torch.randn(clean.shape, generator=generator).to(clean.device)
+    timesteps = timesteps.to(clean.device)
     return scheduler.add_noise(clean, noise, timesteps), timesteps, noise
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -41,12 +40,6 @@ UNET_FIT = FitSettings(
     precision="bf16", save_every=500,
 )  # fmt: skip
 NO_PROMPT = 0.1
-# Offset noise makes the first fit slower, and a short second one is enough.
-OFFSET_FIT = FitSettings(
-    steps=500, batch_size=32, learning_rate=5e-4, schedule="cosine", warmup=25, weight_decay=0.01, ema=0.99,
-    precision="bf16", save_every=250,
-)  # fmt: skip
-OFFSET_NOISE = 0.2
 
 Progress = Callable[[int, float], None] | None
 
@@ -191,10 +184,7 @@ def train_unet(
     device: str,
     progress: Progress = None,
 ) -> tuple[UNet2DConditionModel, CLIPTextModel, list[tuple[int, float]]]:
-    """Fit UNet and text encoder together: eps-MSE at uniform timesteps, the prompt left out in a tenth of the items.
-
-    A second fit adds offset noise, so that colours come from the prompt (see :func:`diffusion.noised`).
-    """
+    """Fit UNet and text encoder together: eps-MSE at uniform timesteps, the prompt left out in a tenth of the items."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = nn.ModuleDict({"unet": parts.new_unet(), "text_encoder": parts.new_text_encoder(tokenizer)}).to(device)
@@ -204,17 +194,13 @@ def train_unet(
         model["unet"].set_attn_processor(AttnProcessor())
     schedule, empty = diffusion.sd_scheduler(), tokenize(tokenizer, [""])
 
-    def loss(items: Tensor, generator: torch.Generator, offset: float = 0.0) -> Tensor:
-        noisy, timesteps, noise = diffusion.noised(latents[items].to(device), schedule, generator, offset)
+    def loss(items: Tensor, generator: torch.Generator) -> Tensor:
+        noisy, timesteps, noise = diffusion.noised(latents[items].to(device), schedule, generator)
         dropped = torch.rand(len(items), generator=generator) < NO_PROMPT
         hidden = model["text_encoder"](torch.where(dropped[:, None], empty, tokens[items]).to(device))[0]
         predicted = model["unet"](noisy, timesteps, hidden).sample
         return (predicted.float() - noise).square().mean()
 
-    offset = functools.partial(loss, offset=OFFSET_NOISE)
-    curve = [
-        *phase(model, loss, len(latents), UNET_FIT, seed, folder / "unet-fit", progress),
-        *phase(model, offset, len(latents), OFFSET_FIT, seed, folder / "unet-offset", progress, UNET_FIT.steps),
-    ]
+    curve = phase(model, loss, len(latents), UNET_FIT, seed, folder / "unet-fit", progress)
     model["unet"].set_default_attn_processor()
     return model["unet"], model["text_encoder"], curve
