@@ -85,7 +85,8 @@ def read_index(parameters: Parameters, root: Path) -> pd.DataFrame:
 def manifest(parameters: Parameters, seed: int = 0) -> pd.DataFrame:
     """The split manifest, made once a (profile, data set) after an audit and kept in the data set's run folder.
 
-    ``random_thirds`` has one manifest a seed: the partition is the seed.
+    ``random_thirds`` has one manifest a seed: the partition is the seed. What the audit found that costs images (a mask
+    that is all black, say) is told on stderr, one line a kind.
 
     Raises:
         ValueError: The run folder belongs to other data, the audit found what would spoil a run, or the split leaks.
@@ -117,6 +118,9 @@ def manifest(parameters: Parameters, seed: int = 0) -> pd.DataFrame:
                     f"{root} would spoil a run: {first['problem']}{place}. {first['remedy']} (all findings: "
                     f"python -m defectlib audit --dataset {parameters.dataset} --data-root {shlex.quote(str(root))})"
                 )
+            for problem, lines in found[found["severity"] == "warning"].groupby("problem", sort=False):
+                first, more = lines.iloc[0], f" ({len(lines)} such files)" if len(lines) > 1 else ""
+                print(f"{first['file']}: {problem}{more}. {first['remedy']}", file=sys.stderr, flush=True)
             table = splits.split(read_index(parameters, root), root, rule, partition)
             splits.check(table)
             splits.write(table, target)

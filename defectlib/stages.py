@@ -197,13 +197,6 @@ def study(parameters: Parameters) -> Study:
     unknown = sorted(set(defects) - set(every))
     if unknown:
         raise ValueError(f"{category} has no defect {', '.join(unknown)} with shots; it has: {', '.join(every)}")
-    own = table[table["category"] == category]
-    shipped = params.load_category(parameters.dataset, category)
-    nameable = set(own["defect"]) | set(shipped.prompts if shipped else ())
-    if misnamed := sorted(set(parameters.prompts) - nameable):
-        raise ValueError(f"prompts: {category} has no defect '{misnamed[0]}'; it has: {', '.join(every)}")
-    if not ((own["defect"] == "good") & (own["side"] == "train")).any():
-        raise ValueError(f"{category} has no normal image to draw on: put at least one into train/good")
     methods = parameters.methods or list(settings.methods)
     variants = settings.variants_of(methods)
     for name in [*methods, *variants]:
@@ -212,20 +205,31 @@ def study(parameters: Parameters) -> Study:
     root = prepare.data_root(parameters)
     names = (tuple(every), tuple(defects), tuple(methods), tuple(variants))
     s = Study(parameters, settings, root, category, *names, tuple(seeds))
-    counts = own.loc[own["side"] == "shot", "defect"].value_counts()
-    alone = [defect for defect in defects if counts[defect] < 2]
-    for name in [*methods, *variants] if alone else []:
-        source = s.mask_source_name(name)
-        if not s.method_of(name).makes_masks and source.startswith("hmi"):
-            raise ValueError(
-                f"{category}/{alone[0]} has one shot, and the mask source '{source}' of {name} interpolates between two: "
-                f"add a second image with its mask, ask for other defects, or run METHODS=crop_paste"
-            )
+    _check(s, table[table["category"] == category])
     return s
 
 
+def _check(s: Study, rows: pd.DataFrame) -> None:
+    """Stop before any long work where a category, with these rows of the split, would stop a run in the middle."""
+    shipped = params.load_category(s.parameters.dataset, s.category)
+    known = set(rows["defect"]) | set(shipped.prompts if shipped else ())
+    if unknown := sorted(set(s.parameters.prompts) - known):
+        raise ValueError(f"prompts: {s.category} has no defect '{unknown[0]}'; it has: {', '.join(s.all_defects)}")
+    if not ((rows["defect"] == "good") & (rows["side"] == "train")).any():
+        raise ValueError(f"{s.category} has no normal image to draw on: put at least one into train/good")
+    shots = rows.loc[rows["side"] == "shot", "defect"].value_counts()
+    single = [defect for defect in s.defects if shots[defect] == 1]
+    for name in [*s.methods, *s.variants] if single else []:
+        source = s.mask_source_name(name)
+        if source.startswith("hmi") and not s.method_of(name).makes_masks:
+            raise ValueError(
+                f"{s.category}/{single[0]} has one shot, and the mask source '{source}' of {name} interpolates between "
+                "two: add a second image with its mask, ask for other `defects`, or leave the method out of `methods`"
+            )
+
+
 def require_weights(parameters: Parameters) -> None:
-    """Stop before any long work where weights that the profile and the methods need are not here.
+    """Stop before any long work where weights that the profile needs are not here.
 
     Raises:
         FileNotFoundError: They are missing; the sentence holds the command that gets them.
@@ -237,8 +241,7 @@ def require_weights(parameters: Parameters) -> None:
         wanted.add("resnet34")
     for name in sorted(wanted):
         files.locate(name)
-    if any(base.get(method).needs_backbone for method in parameters.methods or settings.methods):
-        backbone.digest(settings.backbone)
+    backbone.digest(settings.backbone)  # notebooks 02 to 04 look at it, whatever the methods
 
 
 def figures_folder(parameters: Parameters) -> Path:

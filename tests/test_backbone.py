@@ -48,13 +48,35 @@ def test_an_image_size_that_does_not_divide_is_refused(untrained):
         untrained.latent_shape(72)
 
 
+@pytest.fixture
+def copy(untrained_folder, tmp_path):
+    return shutil.copytree(untrained_folder, tmp_path / "copy")
+
+
 @pytest.mark.parametrize("file", ["unet/diffusion_pytorch_model.safetensors", "model_index.json", "vae/config.json"])
-def test_a_missing_file_is_named(untrained_folder, tmp_path, file):
-    copy = tmp_path / "copy"
-    shutil.copytree(untrained_folder, copy)
+def test_a_missing_file_is_named(copy, file):
     (copy / file).unlink()
     with pytest.raises(FileNotFoundError, match=re.escape(f"{copy / file} is missing: complete the folder")):
         backbone.load(str(copy))
+
+
+def test_a_tokenizer_without_its_words_is_refused(copy):
+    """transformers would make one that reads every word as unknown."""
+    (copy / "tokenizer" / "tokenizer.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"tokenizer/vocab.json is missing: complete the folder"):
+        backbone.load(str(copy))
+    (copy / "tokenizer" / "vocab.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match=r"tokenizer/merges.txt is missing: complete the folder"):
+        backbone.load(str(copy))
+
+
+@pytest.mark.parametrize("file", backbone.WEIGHT_FILES)
+def test_weights_that_are_cut_off_are_named(copy, file):
+    whole = (copy / file).read_bytes()
+    for kept in (20, len(whole) // 2):
+        (copy / file).write_bytes(whole[:kept])
+        with pytest.raises(FileNotFoundError, match=re.escape(f"{copy / file} is cut off or no safetensors file")):
+            backbone.load(str(copy))
 
 
 def test_an_unknown_name_lists_the_known():

@@ -155,7 +155,7 @@ def test_damaged_data_stop_a_study_before_any_work(tiny_parameters, tiny_mini, t
     ("change", "message"),
     [
         ({"category": "spoon"}, "no category 'spoon' with shots; it has: "),
-        ({"defects": ["melted"]}, "has no defect melted; it has: "),
+        ({"defects": ["melted"]}, "has no defect melted with shots; it has: "),
         ({"methods": ["cut_paste"]}, "no method 'cut_paste'"),
     ],
 )
