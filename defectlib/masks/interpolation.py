@@ -245,6 +245,17 @@ def flaws(mask: Tensor, allowed: Tensor, areas: tuple[float, float]) -> tuple[st
     return tuple(found)
 
 
+def settled(mask: Tensor, allowed: Tensor) -> Tensor:
+    """A mask where it can be: one of which too much lies outside is shifted to where it overlaps the foreground most.
+
+    Objects do not lie where the shots' did; of equally good places the nearest is taken. bool (1, H, W), both.
+    """
+    if not allowed.any() or (mask & ~allowed).sum().item() <= OUTSIDE * mask.sum().item():
+        return mask
+    moved, inside = alignment.apply(mask.float(), alignment.align(mask, allowed, angles=1))
+    return (moved > 0.5) & inside
+
+
 def redraw(
     draw: Callable[[np.random.Generator], Tensor | str],
     rng: np.random.Generator,
@@ -302,7 +313,7 @@ def hmi_image(rng: np.random.Generator, shots: Sequence[Shot], normal: Tensor, f
         i, j = source.choice(len(shots), 2, replace=False)
         alpha = source.choice(weights())
         frames = interpolate(shots[i].mask, shots[j].mask, alpha, form)
-        return "not kept between its endpoints" if frames.refused[0] else frames.masks[0]
+        return "not kept between its endpoints" if frames.refused[0] else settled(frames.masks[0], allowed)
 
     mask, _ = redraw(draw, rng, lambda drawn: flaws(drawn, allowed, (min(areas), max(areas))), defect)
     return mask & allowed

@@ -24,6 +24,7 @@ from defectlib.masks.interpolation import (
     hmi_image,
     redraw,
     refusal,
+    settled,
     slerp,
     threshold,
     weights,
@@ -81,7 +82,7 @@ def hmi_latent(space: Space) -> Callable[[np.random.Generator, Sequence[Shot], T
         def draw(generator: np.random.Generator) -> Tensor | str:
             i, j = generator.choice(len(shots), 2, replace=False)
             frames = interpolate(shots[i].mask, shots[j].mask, space, [generator.choice(weights())])
-            return frames.refused[0] or frames.masks[0]
+            return frames.refused[0] or settled(frames.masks[0], allowed)
 
         mask, _ = redraw(draw, rng, lambda drawn: flaws(drawn, allowed, (min(areas), max(areas))), defect)
         return mask & allowed

@@ -315,10 +315,20 @@ def test_hmi_image_lies_on_the_object():
     shots = [shot(box(64, 15, 14, 3, 9), "a"), shot(box(64, 22, 18, 3, 9), "b")]
     assert (hmi_image(np.random.default_rng(0), shots, normal) & ~disc(64, 20, 20, 17)).sum() == 0
     away = [shot(box(64, 50, 40, 3, 9), "a"), shot(box(64, 55, 45, 3, 9), "b")]
-    with pytest.raises(ValueError, match=r"drawn for plate/scratch could be used: outside the foreground 32 x"):
-        hmi_image(np.random.default_rng(0), away, normal)
+    moved = hmi_image(np.random.default_rng(0), away, normal)
+    assert moved.sum() > 20 and (moved & ~disc(64, 20, 20, 17)).sum() == 0, "the shots' object lay elsewhere"
 
 
 def test_hmi_image_of_one_shot_says_what_to_do():
     with pytest.raises(ValueError, match="needs two masks of plate/scratch and there is one.*'affine'"):
         hmi_image(np.random.default_rng(0), [shot(box(16, 2, 2, 3, 3), "a")], torch.zeros(3, 16, 16))
+
+
+def test_a_mask_outside_the_foreground_is_moved_the_shortest_way_in():
+    allowed = box(32, 4, 4, 20, 20)
+    inside, over, away = box(32, 6, 6, 4, 4), box(32, 10, 20, 4, 4), box(32, 27, 27, 4, 4)
+    assert torch.equal(interpolation.settled(inside, allowed), inside)
+    assert torch.equal(interpolation.settled(over, allowed), over), "all of it is inside"
+    assert torch.equal(interpolation.settled(box(32, 10, 22, 4, 4), allowed), over), "two columns to the left"
+    assert torch.equal(interpolation.settled(away, allowed), box(32, 20, 20, 4, 4))
+    assert torch.equal(interpolation.settled(away, torch.zeros_like(allowed)), away), "there is no way in"
