@@ -1,0 +1,54 @@
+"""The base model that ships with the package: its files are the card's, and it keeps what a picture of mini shows."""
+
+import json
+
+import pytest
+import torch
+
+from defectlib import backbone, paths
+from defectlib.pretrain import card
+
+FOLDER = backbone.HERE / "tiny"
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return backbone.load("tiny", device="cpu")
+
+
+def test_its_files_are_those_of_the_card_and_small():
+    text = (FOLDER / "README.md").read_text()
+    pinned = backbone.known()["tiny"]["sha256"]
+    assert set(pinned) == set(backbone.WEIGHT_FILES)
+    for file, digest in pinned.items():
+        assert paths.sha256(FOLDER / file) == digest and f"| `{file}` | `{digest}` |" in text
+    assert sum(file.stat().st_size for file in FOLDER.rglob("*") if file.is_file()) <= 25e6
+
+
+def test_its_curves_fall():
+    for curve in json.loads((FOLDER / "curves.json").read_text()).values():
+        losses = [loss for _, loss in curve]
+        assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
+
+
+def test_pictures_of_mini_come_back_at_28_db(tiny):
+    assert card.reconstruction(tiny, torch.cat(list(card.mini_images().values()))) >= 28
+
+
+def test_latents_have_about_unit_variance(tiny):
+    latents = tiny.encode(torch.cat(list(card.mini_images(2).values())))
+    assert 0.7 < latents.std() < 1.4
+
+
+def test_a_prompt_changes_the_picture_and_the_same_seed_repeats_it(tiny):
+    dark, light, again = (
+        card.draw(tiny, [f"a photo of {name}"], [3], steps=10)
+        for name in ("black rubber", "white paper", "black rubber")
+    )
+    assert torch.equal(dark, again) and (dark - light).abs().mean() > 0.1
+
+
+def test_rare_words_and_folder_names_are_distinct(tiny):
+    texts = tiny.embed(["vfx", "sks", "a part_007 with a Kratzer", "a part_008 with a Kratzer"])
+    distance = torch.cdist(texts.flatten(1), texts.flatten(1))
+    assert (distance[~torch.eye(4, dtype=torch.bool)] > 0.1).all()
