@@ -118,12 +118,12 @@ else:
 # %% [markdown]
 # ## Through the autoencoder and back
 #
-# What the autoencoder loses, no method can draw. Two real images of each defect, their reconstructions, and the error
+# What the autoencoder loses, no method can draw. One real image of each defect, their reconstructions, and the error
 # (the largest over the channels, white is 64 grey levels or more); the numbers are peak signal to noise ratios over all
 # shots of a defect, and over the normals.
 
 # %%
-few = [shot for d in s.defects for shot in [shot for shot in shots if shot.defect == d][:2]]
+few = [shot for d in s.defects for shot in [shot for shot in shots if shot.defect == d][:1]]
 real = torch.stack([shot.image for shot in few])
 latents = base.encode(real)
 back = base.decode(latents)
@@ -184,7 +184,7 @@ def x0(noisy, noise, t):
 
 
 shot, asked = few[0], s.prompts()[few[0].defect]
-levels = [20, 260, 700]
+levels = [260, 700]
 noise = diffusion.noise_like([0], shape).to(base.device)
 noised = [base.scheduler.add_noise(latents[:1], noise, torch.tensor([t])) for t in levels]
 guesses = [x0(z, guided([asked], 1.0)(z, torch.tensor(t)), t) for z, t in zip(noised, levels)]
@@ -203,7 +203,7 @@ figure
 # are those of held-out pictures of the generated world: the base model's own language.
 
 # %%
-pictures = [picture for picture in world.pool(12, 0) if picture.kind in ("surface", "object")][-5:]
+pictures = [picture for picture in world.pool(12, 0) if picture.kind in ("surface", "object")][-4:]
 prompts = [picture.prompt for picture in pictures]
 seen = []
 
@@ -216,7 +216,7 @@ def keep(done, latents, pred_x0):
 own = diffusion.denoise(
     guided(prompts), diffusion.noise_like(range(len(prompts)), shape).to(base.device), base.scheduler, 30, [keep]
 )
-shown = seen[::5] + seen[-1:]
+shown = seen[::10] + seen[-1:]
 figure = figures.sheet(
     [[base.decode(z)[0] for _, z in shown]],
     row_labels=["predicted"], column_labels=[f"{done:.0%}" for done, _ in shown],
@@ -243,7 +243,7 @@ pd.DataFrame({"column": range(1, len(prompts) + 1), "prompt": prompts}).set_inde
 #
 # The loop can be run backwards: DDIM inversion finds the noise that an image comes from (without a prompt, as DefectSynth's
 # latent mask interpolation does). The way back is close, not exact, since the UNet is asked one step beside; more steps,
-# closer. The images are those of the round trip above. The first column of numbers is the autoencoder alone, which no number of steps can pass.
+# closer. The first column of numbers is the autoencoder alone, which no number of steps can pass.
 
 # %%
 counts, returned, spread = [5, 50], {}, {}
@@ -337,11 +337,11 @@ for i, defect in enumerate(s.defects):
     mine = [shot.image for shot in shots if shot.defect == defect]
     start = diffusion.noise_like(range(100 * i, 100 * i + 4), shape).to(base.device)
     naive = base.decode(diffusion.denoise(guided([s.prompts()[defect]] * len(start)), start, base.scheduler, 30))
-    rows.append([*mine[:n], *[None] * (n - len(mine)), *naive[:n]])
+    rows.append([mine[0], *naive[:n]])
     apart, near = (torch.cdist(x.flatten(1), torch.stack(mine).flatten(1)) for x in (torch.stack(mine), naive))
     apart = apart.fill_diagonal_(torch.inf).amin(1)
     gaps.append([defect, *[x.mean().item() / mine[0].numel() ** 0.5 for x in (apart, near.amin(1))]])
-figure = figures.sheet(rows, row_labels=list(s.defects), column_labels=["real"] * n + ["zero-shot"] * n)
+figure = figures.sheet(rows, row_labels=list(s.defects), column_labels=["real", *["zero-shot"] * n])
 figures.save(figure, folder, f"zero_shot_defects_{s.category}")
 figure
 
@@ -371,7 +371,7 @@ Markdown(file.read_text() if file.is_file() else f"{home} holds no README.md.")
 
 # %%
 few = torch.stack([item.image for item in shots])
-late = [140, 420, 650, 850, 999]
+late = [140, 650, 999]
 noise, closed_form = diffusion.noise_like([0], few[0].shape), diffusion.sd_scheduler()
 alpha_bar = closed_form.alphas_cumprod
 start = [closed_form.add_noise(few[:1], noise, torch.tensor([t])) for t in late]
@@ -385,7 +385,7 @@ figures.save(figure, folder, f"closed_form_denoiser_{s.category}")
 figure
 
 # %% [markdown]
-# The same loop with this denoiser, from three seeds: each sample beside its nearest shot.
+# The same loop with this denoiser, from three seeds; their distance to the nearest shot stands at the end.
 
 
 # %%
@@ -395,8 +395,7 @@ def perfect(x, t):
 
 samples = diffusion.denoise(perfect, diffusion.noise_like(range(3), few[0].shape), closed_form, 50)
 distance = torch.cdist(samples.flatten(1), few.flatten(1)) / few[0].numel() ** 0.5
-nearest = distance.argmin(1)
-figure = figures.sheet([list(samples.clamp(-1, 1)), list(few[nearest])], row_labels=["sample", "nearest shot"])
+figure = figures.sheet([list(samples.clamp(-1, 1))], row_labels=["sample"])
 distances = pd.DataFrame({"seed": range(3), "rms_to_nearest": distance.min(1).values})
 figures.save(figure, folder, f"memorisation_{s.category}", distances)
 figure

@@ -97,7 +97,7 @@ figure
 # untouched to the bit. The same requests, hence the same shots, places and turns:
 
 # %%
-requests = sampling.plan(shots, normals, 2, None, 0, s.prompts(), s.all_defects)
+requests = sampling.plan(shots, normals, 1, None, 0, s.prompts(), s.all_defects)
 variants = {
     "paper": {},
     "feather 2 px": {"feather": 2.0},
@@ -296,7 +296,7 @@ for name, config in (configs | {"as released": released}).items():
     drawn[name] = torch.stack([item.image for item in fitted.sample(asked)])
 fitted.config = usual
 picked = [i for d in s.defects for i in [k for k, r in enumerate(asked) if r.defect == d][:2]]
-hidden = ("weights up to 5", "SFF anywhere")
+hidden = ("neither", "softmax over image", "SFF anywhere")
 figure = figures.sheet(
     [[asked[i].normal for i in picked], *[[x[i] for i in picked] for name, x in drawn.items() if name not in hidden]],
     row_labels=["normal", *[name for name in drawn if name not in hidden]],
