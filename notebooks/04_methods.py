@@ -296,7 +296,7 @@ for name, config in (configs | {"as released": released}).items():
     drawn[name] = torch.stack([item.image for item in fitted.sample(asked)])
 fitted.config = usual
 picked = [i for d in s.defects for i in [k for k, r in enumerate(asked) if r.defect == d][:2]]
-hidden = ("neither", "softmax over image", "SFF anywhere")
+hidden = ("no SFF", "neither", "softmax over image", "SFF anywhere")
 figure = figures.sheet(
     [[asked[i].normal for i in picked], *[[x[i] for i in picked] for name, x in drawn.items() if name not in hidden]],
     row_labels=["normal", *[name for name in drawn if name not in hidden]],
@@ -344,7 +344,7 @@ effects.round(3)
 # One group with SFF off and on, and the difference (white is 32 grey levels or more).
 
 # %%
-off, on = (drawn[name][:size] for name in ("no SFF", "SAE and SFF"))
+off, on = (drawn[name][:2] for name in ("no SFF", "SAE and SFF"))
 difference = ((on - off).abs().amax(1, keepdim=True) * 127.5 / 32).clamp(max=1)
 figure = figures.sheet([list(off), list(on), list(difference)], row_labels=["no SFF", "SFF", "difference"])
 figures.save(figure, folder, f"defectsynth_fusion_{s.category}")
