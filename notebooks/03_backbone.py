@@ -113,7 +113,7 @@ if file.is_file():
     figures.save(figure, folder, f"backbone_curves_{s.category}", curve)
     display(figure)
 else:
-    print(f"{home} holds no curves.json: this base model was not made by `make backbone`.")
+    print(f"{home.name} holds no curves.json: this base model was not made by `make backbone`.")
 
 # %% [markdown]
 # ## Through the autoencoder and back
@@ -358,7 +358,7 @@ gaps.round(3)
 
 # %%
 file = home / "README.md"
-Markdown(file.read_text() if file.is_file() else f"{home} holds no README.md.")
+Markdown(file.read_text() if file.is_file() else f"{home.name} holds no README.md.")
 
 # %% [markdown]
 # ## Why not train on the shots alone?
