@@ -25,8 +25,9 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from defectlib import backbone
 from defectlib.backbone import Backbone, tokenize
+from defectlib.control import noise_loss
 from defectlib.diffusion import sd_scheduler
-from defectlib.methods.defectsynth import DefectSynth, DefectSynthConfig, noise_loss
+from defectlib.methods.defectsynth import DefectSynth, DefectSynthConfig
 from defectlib.pretrain import parts
 from defectlib.training import FitSettings, fit
 

@@ -213,9 +213,9 @@ def execute_in_place(name: str, profile: str) -> float:
 
 def made_from(parameters: Parameters) -> str:
     """sha256 over what a notebook reads besides its parameters: profile, prompts, the split's files, the base model."""
-    from defectlib import backbone, stages  # imports torch, which the run graph must not wait for
+    from defectlib import backbone, study  # imports torch, which the run graph must not wait for
 
-    s = stages.study(parameters)
+    s = study.open_category(parameters)
     base = backbone.digest(s.settings.backbone)
     read = [s.settings.model_dump(), s.prompts(), [s.data_key(seed) for seed in s.seeds], base]
     return hashlib.sha256(json.dumps(read, sort_keys=True).encode()).hexdigest()

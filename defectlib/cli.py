@@ -121,16 +121,16 @@ def _parameters(a: argparse.Namespace, **more: Any) -> Parameters:
 
 
 def _reproduce(a: argparse.Namespace) -> int:
-    from defectlib import batch, prepare, stages
+    from defectlib import batch, prepare, study
     from defectlib.methods import base
 
     parameters = _parameters(a, methods=a.methods, seeds=a.seeds, grid=a.grid)
     for name in parameters.methods or []:
         base.get(name)
-    stages.require_weights(parameters)
+    study.require_weights(parameters)
     chosen = a.category or prepare.categories(parameters)
     for category in chosen:
-        stages.study(parameters.model_copy(update={"category": category}))
+        study.open_category(parameters.model_copy(update={"category": category}))
     values = {
         "parameters": parameters.model_dump(exclude_none=True), "categories": chosen, "grouping": a.grouping,
     }  # fmt: skip

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from diffusers import DDIMInverseScheduler, DDIMScheduler
 from torch import Tensor
 
@@ -132,13 +133,49 @@ def invert(
     return latents
 
 
-def latent_space(base: Backbone, num_inference_steps: int = 20, prompt: str = "") -> latent.Space:
-    """A base model as the way to noise and back that ``masks.latent`` interpolates on; the released prompt is empty."""
+def to_latents(masks: Tensor, size: tuple[int, int]) -> Tensor:
+    """Masks bool (N, 1, H, W) on the latents' grid: a cell is in the mask if any of its pixels is.
+
+    One-pixel cracks survive, which bilinear resizing and a threshold would lose.
+    """
+    return F.adaptive_max_pool2d(masks.float(), size) > 0
+
+
+def dilated(mask: Tensor, radius: int) -> Tensor:
+    """Square dilation of bool (N, 1, h, w) by ``radius`` cells: a max pool."""
+    return F.max_pool2d(mask.float(), 2 * radius + 1, 1, radius) > 0 if radius else mask
+
+
+def reach(timestep: int, side: int, dilation: float) -> int:
+    """Cells by which the blending mask is dilated at a timestep: floor((t + 100) / 1000 * dilation * side), 0 at t = 0.
+
+    The released schedule (8 of 64 cells at the start), as a share of the side so that it means the same at any size.
+    """
+    return int((timestep + 100) * dilation * side / 1000) if timestep > 0 else 0
+
+
+def prompted(base: Backbone, prompts: Sequence[str], scale: float = 1.0) -> Callable[[Tensor, Tensor], Tensor]:
+    """eps(x_t, t) of a base model for N latents' prompts, or one for all of them.
+
+    A ``scale`` above 1 is classifier-free guidance (Ho and Salimans, 2022).
+    """
+    text, empty = base.embed(list(prompts)), base.embed([""])
 
     @torch.no_grad()
     def predict(latents: Tensor, timestep: Tensor) -> Tensor:
-        return base.unet(latents, timestep, base.embed([prompt]).expand(len(latents), -1, -1)).sample
+        asked = text.expand(len(latents), -1, -1)
+        if scale <= 1:
+            return base.unet(latents, timestep, asked).sample
+        both = torch.cat([empty.expand_as(asked), asked])
+        without, with_text = base.unet(torch.cat([latents, latents]), timestep, both).sample.chunk(2)
+        return without + scale * (with_text - without)
 
+    return predict
+
+
+def latent_space(base: Backbone, num_inference_steps: int = 20, prompt: str = "") -> latent.Space:
+    """A base model as the way to noise and back that ``masks.latent`` interpolates on; the released prompt is empty."""
+    predict = prompted(base, [prompt])
     return latent.Space(
         lambda images: invert(predict, base.encode(images), base.scheduler, num_inference_steps),
         lambda noise: base.decode(denoise(predict, noise, base.scheduler, num_inference_steps)),

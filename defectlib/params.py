@@ -189,6 +189,13 @@ class Parameters(Strict):
         name = self.profile_name if own else f"{self.profile_name}+{settings.data.split}"
         return Path(self.runs_root or paths.RUNS) / name / self.dataset
 
+    def figures_folder(self) -> Path:
+        """Where notebooks draw and the report writes: beside the runs, unless told otherwise.
+
+        ``figures/``, which is in git, is filled by ``report.build.report`` alone.
+        """
+        return Path(self.figures_root or self.dataset_folder() / "figures")
+
 
 def explain(error: ValidationError, source: str) -> ValueError:
     """One sentence per wrong value, naming where it stands."""

@@ -47,13 +47,13 @@ figures_root = None
 # %%
 import pandas as pd
 
-from defectlib import params, prepare, stages
+from defectlib import params, prepare, study
 from defectlib.data import audit, layouts, splits
 from defectlib.report import figures, layout, tables
 
 p = params.read(globals())
-s = stages.study(p)
-folder = stages.figures_folder(p)
+s = study.open_category(p)
+folder = p.figures_folder()
 figures.style()
 
 # %% [markdown]
@@ -189,4 +189,4 @@ shots_total = int((manifest["side"] == "shot").sum())
 print(f"{p.dataset}: {index['category'].nunique()} categories, {len(index)} images, {shots_total} of them shots.")
 print(f"Small defects (below tau) in {s.category}: {', '.join(mean_area.index[mean_area < tau]) or 'none'};",
       f"large: {', '.join(mean_area.index[mean_area >= tau]) or 'none'}.")  # fmt: skip
-print(stages.stamp(s))
+print(s.stamp())

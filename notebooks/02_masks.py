@@ -45,13 +45,13 @@ import numpy as np
 import pandas as pd
 import torch
 
-from defectlib import backbone, diffusion, params, published, stages
+from defectlib import backbone, diffusion, params, published, study
 from defectlib.masks import interpolation, latent, shape, sources, trimap
 from defectlib.report import figures
 
 p = params.read(globals())
-s = stages.study(p)
-folder = stages.figures_folder(p)
+s = study.open_category(p)
+folder = p.figures_folder()
 figures.style()
 
 # %% [markdown]
@@ -309,4 +309,4 @@ for (d, title), row in report.iterrows():
 print(
     f"A mask with a flaw is drawn again, {interpolation.ATTEMPTS} times at most; then the source stops with the counts."
 )
-print(stages.stamp(s))
+print(s.stamp())

@@ -17,8 +17,8 @@
 # # 3. The base model: a small latent diffusion model, taken apart
 #
 # All four systems adapt a text-to-image model that is already there. The paper profile takes Stable Diffusion 1.5; the
-# others take `tiny`, which ships with the package: the same classes, the same noise schedule, the same folder layout, and
-# small enough for two cores. This notebook shows the parts the systems share (autoencoder, noise, denoising loop,
+# others take `tiny`, which ships with the package: the same classes, the same folder layout, and small enough for two
+# cores; its own noise schedule (below) says how far noise goes. This notebook shows the parts the systems share (autoencoder, noise, denoising loop,
 # inversion, cross-attention), how `tiny` was made, and what it knows. The maps of attention are those of DualAnoDiff's
 # **Fig. 3**.
 #
@@ -46,14 +46,14 @@ import pandas as pd
 import torch
 from IPython.display import Markdown, display
 
-from defectlib import attention, backbone, diffusion, params, stages
+from defectlib import attention, backbone, diffusion, params, study
 from defectlib.data import world
 from defectlib.pretrain import card, recipe
 from defectlib.report import figures
 
 p = params.read(globals())
-s = stages.study(p)
-folder = stages.figures_folder(p)
+s = study.open_category(p)
+folder = p.figures_folder()
 figures.style()
 base = backbone.load(s.settings.backbone)
 home = backbone.folder_of(base.name)
@@ -88,13 +88,18 @@ table.round(2)
 # 1. **The autoencoder** on pictures of a generated world (`defectlib/data/world.py`: surfaces, simple objects, marks on
 #    them, silhouettes). A *warm* start first ties the latents to the leading principal components of small blocks of
 #    pixels, then encoder and decoder learn together: L1, and a weak pull of the latents towards the normal distribution.
-# 2. **UNet and text encoder** together on the latents, by the plain loss of diffusion: predict the noise that was added,
-#    at a timestep drawn uniformly. In one item of ten the prompt is left out, so that guidance is possible later.
+# 2. **UNet and text encoder** together on the latents, by the loss of diffusion: predict the noise that was added, at a
+#    timestep drawn uniformly. In one item of ten the prompt is left out, so that guidance is possible later. The *warm*
+#    start is the plain loss under Stable Diffusion's noise schedule; the rest is under the model's own, which ends in
+#    noise, with errors weighted so that what decides the tones, early in drawing, counts (`pretrain/recipe.py` says how).
 #
 # The world holds no picture of `mini`. These are the settings of the recipe:
 
 # %%
-parts = {"VAE, warm": recipe.WARM_FIT, "VAE": recipe.VAE_FIT, "UNet and text encoder": recipe.UNET_FIT}
+parts = {
+    "VAE, warm": recipe.WARM_FIT, "VAE": recipe.VAE_FIT,
+    "UNet, warm": recipe.UNET_WARM_FIT, "UNet and text encoder": recipe.UNET_FIT,
+}  # fmt: skip
 print(f"{recipe.WORLD:,} pictures of the world, {recipe.HELD_OUT} of them held out; KL weight {recipe.KL_WEIGHT}")
 pd.DataFrame({name: settings.model_dump() for name, settings in parts.items()})
 
@@ -146,15 +151,19 @@ kept.round(2).to_frame()
 #
 # Latents $z_0$ become $z_t = \sqrt{\bar\alpha_t}\, z_0 + \sqrt{1 - \bar\alpha_t}\, \epsilon$. DefectSynth's text says
 # "cosine noise schedule", but it fine-tunes a ControlNet on a frozen Stable Diffusion 1.5, whose schedule is "scaled
-# linear"; a frozen network cannot follow another one, so the base's own schedule is used here.
+# linear"; a frozen network cannot follow another one, so the base's own schedule is used here. That of `tiny` is DDPM's
+# linear one, which goes further into noise: Stable Diffusion's last step keeps 7 % of the signal, which on so few cells
+# is enough to see an image's mean tone, and a model trained on it takes its colours from the noise that it starts from.
 
 # %%
 steps = torch.arange(0, 1000, 20)
 alpha_bar = base.scheduler.alphas_cumprod
-schedule = pd.DataFrame({
-    "t": steps, "signal": alpha_bar[steps].sqrt(), "noise": (1 - alpha_bar[steps]).sqrt(),
-})  # fmt: skip
-figure = figures.curves(schedule.melt("t", var_name="part", value_name="amplitude"), x="t", y="amplitude", hue="part")
+kept_signal = {base.name: alpha_bar, "Stable Diffusion 1.5": diffusion.sd_scheduler().alphas_cumprod}
+schedule = pd.DataFrame(
+    [[name, t.item(), values[t].sqrt().item()] for name, values in kept_signal.items() for t in steps],
+    columns=["schedule", "t", "signal"],
+)
+figure = figures.curves(schedule, x="t", y="signal", hue="schedule", log=True)
 figures.save(figure, folder, f"schedule_{s.category}", schedule)
 figure
 
@@ -167,18 +176,6 @@ figure
 
 
 # %%
-def guided(prompts, scale=3.0):
-    """The noise that the UNet predicts, moved away from what it predicts without a prompt (classifier-free guidance)."""
-    text = base.embed([*[""] * len(prompts), *prompts])
-
-    @torch.no_grad()
-    def predict(latents, timestep):
-        without, with_text = base.unet(torch.cat([latents, latents]), timestep, text).sample.chunk(2)
-        return without + scale * (with_text - without)
-
-    return predict
-
-
 def x0(noisy, noise, t):
     return (noisy - (1 - alpha_bar[t]).sqrt() * noise) / alpha_bar[t].sqrt()
 
@@ -187,7 +184,7 @@ shot, asked = few[0], s.prompts()[few[0].defect]
 levels = [260, 700]
 noise = diffusion.noise_like([0], shape).to(base.device)
 noised = [base.scheduler.add_noise(latents[:1], noise, torch.tensor([t])) for t in levels]
-guesses = [x0(z, guided([asked], 1.0)(z, torch.tensor(t)), t) for z, t in zip(noised, levels)]
+guesses = [x0(z, diffusion.prompted(base, [asked])(z, torch.tensor(t)), t) for z, t in zip(noised, levels)]
 figure = figures.sheet(
     [[base.decode(z)[0] for z in row] for row in (noised, guesses)],
     row_labels=["noised", "one guess"], column_labels=[f"t = {t}" for t in levels],
@@ -214,7 +211,11 @@ def keep(done, latents, pred_x0):
 
 
 own = diffusion.denoise(
-    guided(prompts), diffusion.noise_like(range(len(prompts)), shape).to(base.device), base.scheduler, 30, [keep]
+    diffusion.prompted(base, prompts, 3.0),
+    diffusion.noise_like(range(len(prompts)), shape).to(base.device),
+    base.scheduler,
+    30,
+    [keep],
 )
 shown = seen[::10] + seen[-1:]
 figure = figures.sheet(
@@ -289,7 +290,7 @@ def looks(prompt, seeds=(0,)):
     """Images of a prompt, and for each of its words the share (N, 1, h, w) of the cells' attention that it has."""
     start = diffusion.noise_like(seeds, shape).to(base.device)
     with attention.watched_text(base.unet) as looked:
-        final = diffusion.denoise(guided([prompt] * len(seeds)), start, base.scheduler, 20)
+        final = diffusion.denoise(diffusion.prompted(base, [prompt], 3.0), start, base.scheduler, 20)
     maps = attention.text_maps(looked, shape[1:])[len(seeds) :]  # the first rows are those without a prompt
     return base.decode(final), [(word, maps[:, places].mean(1, keepdim=True)) for word, places in words(prompt)]
 
@@ -300,21 +301,20 @@ def stretched(m):
     return m.repeat_interleave(base.cell, -1).repeat_interleave(base.cell, -2)
 
 
-known = "a disc of wood with a stain"
-image, maps = looks(known)
-figure = figures.sheet(
-    [[image[0], *[stretched(m[0]) for _, m in maps]]],
-    column_labels=["drawn", *[word for word, _ in maps]],
-)  # fmt: skip
+def look_sheet(image, maps):
+    """The drawn image beside its words' maps."""
+    pictures = [image[0], *[stretched(m[0]) for _, m in maps]]
+    return figures.sheet([pictures], column_labels=["drawn", *[word for word, _ in maps]])
+
+
+image, maps = looks("a disc of wood with a stain")
+figure = look_sheet(image, maps)
 figures.save(figure, folder, f"attention_words_{s.category}")
 figure
 
 # %%
 image, rare = looks("a vfx with sks")
-figure = figures.sheet(
-    [[image[0], *[stretched(m[0]) for _, m in rare]]],
-    column_labels=["drawn", *[word for word, _ in rare]],
-)  # fmt: skip
+figure = look_sheet(image, rare)
 figures.save(figure, folder, f"dualanodiff_fig_3_attention_{s.category}")
 figure
 
@@ -335,8 +335,7 @@ shares.round(4)
 n, rows, gaps = 2, [], []
 for i, defect in enumerate(s.defects):
     mine = [shot.image for shot in shots if shot.defect == defect]
-    start = diffusion.noise_like(range(100 * i, 100 * i + 4), shape).to(base.device)
-    naive = base.decode(diffusion.denoise(guided([s.prompts()[defect]] * len(start)), start, base.scheduler, 30))
+    naive = card.draw(base, [s.prompts()[defect]] * 4, range(100 * i, 100 * i + 4))
     rows.append([mine[0], *naive[:n]])
     apart, near = (torch.cdist(x.flatten(1), torch.stack(mine).flatten(1)) for x in (torch.stack(mine), naive))
     apart = apart.fill_diagonal_(torch.inf).amin(1)
@@ -412,4 +411,4 @@ print(f"Inverted and drawn back in {counts[-1]} steps: {card.psnr(returned[count
 print(
     f"A perfect model of {len(few)} shots copies: three samples lie at most {distance.min(1).values.max():.4f} from a shot."
 )
-print(stages.stamp(s))
+print(s.stamp())

@@ -42,15 +42,15 @@ import numpy as np
 import pandas as pd
 import torch
 
-from defectlib import attention, params, sampling, stages
+from defectlib import attention, diffusion, params, sampling, stages, study
 from defectlib.masks import alignment, sources, trimap
 from defectlib.masks import random as random_masks
-from defectlib.methods import base, crop_paste, defectsynth
+from defectlib.methods import base, crop_paste
 from defectlib.report import figures
 
 p = params.read(globals())
-s = stages.study(p)
-folder = stages.figures_folder(p)
+s = study.open_category(p)
+folder = p.figures_folder()
 figures.style()
 
 # %% [markdown]
@@ -156,7 +156,7 @@ print(
 size = max(2, s.settings.sample.group_size)
 asked = sampling.plan(shots, normals, size, sources.SOURCES["affine"], seed, s.prompts(), s.all_defects, size)
 first = [next(r for r in asked if r.defect == defect) for defect in s.defects][: usual.batch_size]
-masks = defectsynth.to_latents(torch.stack([r.mask for r in first]), grid)
+masks = diffusion.to_latents(torch.stack([r.mask for r in first]), grid)
 
 
 def enlarged(cells):
@@ -173,10 +173,10 @@ def enlarged(cells):
 
 # %%
 moments = [950, 700, 450, 200, 0]
-reaches = [defectsynth.reach(t, grid[1], usual.dilation) for t in moments]
+reaches = [diffusion.reach(t, grid[1], usual.dilation) for t in moments]
 figure = figures.sheet(
     [
-        [r.normal, r.mask, enlarged(m), *[enlarged(defectsynth.dilated(m[None], n)[0]) for n in reaches]]
+        [r.normal, r.mask, enlarged(m), *[enlarged(diffusion.dilated(m[None], n)[0]) for n in reaches]]
         for r, m in zip(first, masks)
     ],
     row_labels=[r.defect for r in first],
@@ -313,7 +313,7 @@ figure
 
 # %%
 normal, within = torch.stack([r.normal for r in asked]), torch.stack([r.mask for r in asked])
-cells = defectsynth.to_latents(within, grid)
+cells = diffusion.to_latents(within, grid)
 
 
 def change(a, b, where):
@@ -335,7 +335,7 @@ rows = [
     for name, x in drawn.items()
 ]
 real, marked = (torch.stack([getattr(shot, part) for shot in shots]) for part in ("image", "mask"))
-rows.append(["shots", None, None, None, deviation(real, defectsynth.to_latents(marked, grid))])
+rows.append(["shots", None, None, None, deviation(real, diffusion.to_latents(marked, grid))])
 columns = ["variant", "to the normal, inside", "outside", "to the first row, inside", "deviation of latents"]
 effects = pd.DataFrame(rows, columns=columns).set_index("variant")
 effects.round(3)
@@ -367,4 +367,4 @@ print(
 )
 for name in ("no SAE", "no SFF", "as released"):
     print(f"DefectSynth, {name}: inside the masks {effects.loc[name, columns[3]]:.2f} grey levels from SAE and SFF.")
-print(stages.stamp(s))
+print(s.stamp())

@@ -48,12 +48,12 @@ import pandas as pd
 from IPython.display import display
 from safetensors.torch import load_file
 
-from defectlib import params, stages
+from defectlib import params, stages, study
 from defectlib.report import figures, layout, tables
 
 p = params.read(globals())
-s = stages.study(p)
-folder = stages.figures_folder(p)
+s = study.open_category(p)
+folder = p.figures_folder()
 figures.style()
 
 # %% [markdown]
@@ -162,7 +162,7 @@ cost.round(3)
 # whole table: `table_4`, beside `report.html`.
 
 # %%
-layout.view(tables.build(stages.results(p, [s.category]), "table_4"))
+layout.view(tables.build(study.results(p, [s.category]), "table_4"))
 
 # %% [markdown]
 # ## What was found
@@ -178,4 +178,4 @@ for fit, own in smooth.groupby("fit", sort=False):
     print(
         f"{fit}: loss {own['loss'].iloc[0]:.3f} at step {own['step'].iloc[0]}, {own['loss'].iloc[-1]:.3f} at the end."
     )
-print(stages.stamp(s))
+print(s.stamp())

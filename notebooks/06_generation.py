@@ -44,14 +44,14 @@ figures_root = None
 import ipywidgets
 import pandas as pd
 
-from defectlib import params, sampling, stages
+from defectlib import params, sampling, stages, study
 from defectlib.metrics import features, nearest
 from defectlib.report import figures, layout, tables
 from defectlib.types import Shot
 
 p = params.read(globals())
-s = stages.study(p)
-folder = stages.figures_folder(p)
+s = study.open_category(p)
+folder = p.figures_folder()
 figures.style()
 
 # %% [markdown]
@@ -184,7 +184,7 @@ explore(s.methods[-1], s.seeds[0], s.defects[0], 0)
 # writes the whole table: `table_4`, beside `report.html`.
 
 # %%
-layout.view(tables.build(stages.results(p, [s.category]), "table_4"))
+layout.view(tables.build(study.results(p, [s.category]), "table_4"))
 
 # %% [markdown]
 # ## What was found
@@ -199,4 +199,4 @@ for method, own in distances.groupby("source", sort=False):
     among = (worst["source"] == method).sum()
     print(f"{method}: median distance to the nearest shot {own['distance'].median():.2f}"
           + (f", {among} of the {len(worst)} farthest samples." if method in s.methods else "."))  # fmt: skip
-print(stages.stamp(s))
+print(s.stamp())

@@ -47,13 +47,13 @@ import json
 
 import pandas as pd
 
-from defectlib import params, sampling, stages
+from defectlib import params, sampling, stages, study
 from defectlib.metrics import features, quality
 from defectlib.report import figures, layout, tables
 
 p = params.read(globals())
-s = stages.study(p)
-folder = stages.figures_folder(p)
+s = study.open_category(p)
+folder = p.figures_folder()
 figures.style()
 
 # %% [markdown]
@@ -71,7 +71,7 @@ figures.style()
 for method in s.methods:
     for seed in s.seeds:
         stages.quality(s, method, seed)
-results = stages.results(p, [s.category])
+results = study.results(p, [s.category])
 own = results[results["stage"] == "quality"]
 own.pivot_table(index=["method", "defect"], columns="metric", values="value", aggfunc="mean").round(4)
 
@@ -123,4 +123,4 @@ print(
     f"{method} on {s.category}/{defect}: with {width.index[0]} samples KID moves by {width.iloc[0]:.3f} (one standard deviation),"
 )
 print(f"with {width.index[-1]} by {width.iloc[-1]:.3f}. n_real = {len(real)}, n_generated = {len(drawn)}.")
-print(stages.stamp(s))
+print(s.stamp())

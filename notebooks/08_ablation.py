@@ -45,12 +45,12 @@ import json
 
 import pandas as pd
 
-from defectlib import params, sampling, stages
+from defectlib import params, sampling, stages, study
 from defectlib.report import figures, layout, tables
 
 p = params.read(globals())
-s = stages.study(p)
-folder = stages.figures_folder(p)
+s = study.open_category(p)
+folder = p.figures_folder()
 figures.style()
 
 # %% [markdown]
@@ -77,7 +77,7 @@ families = [[m, *(v for v in s.variants if s.settings.variants[v].of == m)] for 
 names = [name for family in families for name in family]
 shared = list(s.seeds[: s.settings.grid.variant_seeds])
 records = {(name, seed): stages.quality(s, name, seed) for name in names for seed in shared}
-results = stages.results(p, [s.category])
+results = study.results(p, [s.category])
 asked = results[results["method"].isin(names) & results["seed"].isin(shared)]
 seeds = asked.groupby(["method", "metric", "seed"])["value"].mean()
 mean, sd = seeds.groupby(level=[0, 1]).mean().unstack(), seeds.groupby(level=[0, 1]).std().unstack()
@@ -135,4 +135,4 @@ for name in s.variants:
     seen = len(apart) >= 3 and (apart.gt(0).all() or apart.lt(0).all())
     print(f"{name}: KID x 1000 {apart.mean():+.1f} against {v.of} ({', '.join(f'{x:+.1f}' for x in apart)}): "
           f"{'a difference' if seen else 'not decided'}.")  # fmt: skip
-print(stages.stamp(s))
+print(s.stamp())

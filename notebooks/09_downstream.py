@@ -45,19 +45,19 @@ figures_root = None
 import numpy as np
 import pandas as pd
 
-from defectlib import params, stages
+from defectlib import params, stages, study
 from defectlib.report import figures, layout, tables
 
 p = params.read(globals())
-s = stages.study(p)
-folder = stages.figures_folder(p)
+s = study.open_category(p)
+folder = p.figures_folder()
 figures.style()
 
 # %% [markdown]
 # ## Train and test
 
 # %%
-rows = [stages.SHOTS_ONLY, *s.methods]
+rows = [study.SHOTS_ONLY, *s.methods]
 records = {(method, seed): stages.downstream(s, method, seed) for method in rows for seed in s.seeds}
 scores = pd.DataFrame(
     [(method, seed, m["metric"], m["value"]) for (method, seed), record in records.items() for m in record["metrics"]],
@@ -127,7 +127,7 @@ figure
 # headline numbers: `table_8`, `table_9`, `table_10` and `headline`, beside `report.html`.
 
 # %%
-results = stages.results(p, [s.category])
+results = study.results(p, [s.category])
 layout.view(tables.build(results, "table_8"))
 
 # %%
@@ -141,4 +141,4 @@ for metric in ("accuracy", "pixel_ap"):
     if metric in mean.index and mean.loc[metric].notna().any():
         text = ", ".join(f"{m} {mean.loc[metric, m]:.3f} (sd {sd.loc[metric, m]:.3f})" for m in rows)
         print(f"{metric}: {text}; {len(s.seeds)} seed(s), {s.category} only: too few to call a difference.")
-print(stages.stamp(s))
+print(s.stamp())

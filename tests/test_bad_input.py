@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from defectlib import params, stages
+from defectlib import params, stages, study
 
 CATEGORY = "brick"
 
@@ -18,9 +18,9 @@ def root(tiny_mini, tmp_path):
     return tmp_path / "data"
 
 
-def study(root, tmp_path, **changes):
+def opened(root, tmp_path, **changes):
     given = {"profile": "smoke", "data_root": str(root), "runs_root": str(tmp_path / "runs"), "category": CATEGORY}
-    return stages.study(params.validate(given | changes))
+    return study.open_category(params.validate(given | changes))
 
 
 def masks(root, defect=None):
@@ -42,17 +42,17 @@ def test_a_mask_of_another_size_than_its_image(root, tmp_path):
     Image.open(mask).resize((50, 40)).save(mask)
     sentence = rf"mask and image differ in size: .*{mask.name}. Export the mask again .*image 64 x 64, mask 50 x 40"
     with pytest.raises(ValueError, match=sentence):
-        study(root, tmp_path)
+        opened(root, tmp_path)
 
 
 def test_an_all_black_mask_is_said_and_its_image_is_no_shot(root, tmp_path, capsys):
     mask = masks(root)[0]
     Image.fromarray(np.zeros((64, 64), np.uint8)).save(mask)
-    shots = study(root, tmp_path, methods=["crop_paste"]).shots()
+    shots = opened(root, tmp_path, methods=["crop_paste"]).shots()
     said = capsys.readouterr().err
     assert f"{CATEGORY}/ground_truth/{mask.parent.name}/{mask.name}: empty mask. Draw the defect, or move" in said
     assert mask.stem.removesuffix("_mask") not in {shot.id for shot in shots if shot.defect == mask.parent.name}
-    study(root, tmp_path, methods=["crop_paste"])
+    opened(root, tmp_path, methods=["crop_paste"])
     assert capsys.readouterr().err == "", "once"
 
 
@@ -60,15 +60,15 @@ def test_a_defect_with_black_masks_only(root, tmp_path):
     for mask in masks(root):
         Image.fromarray(np.zeros((64, 64), np.uint8)).save(mask)
     with pytest.raises(ValueError, match=f"{CATEGORY} has no defect {mask.parent.name} with shots; it has: "):
-        study(root, tmp_path, defects=[mask.parent.name])
+        opened(root, tmp_path, defects=[mask.parent.name])
 
 
 def test_one_shot_where_masks_are_interpolated(root, tmp_path):
     defect = keep(root, 1)
     sentence = f"{CATEGORY}/{defect} has one shot, and the mask source 'hmi' of defectsynth interpolates between two: "
     with pytest.raises(ValueError, match=sentence):
-        study(root, tmp_path, defects=[defect])
-    alone = study(root, tmp_path, defects=[defect], methods=["crop_paste"])
+        opened(root, tmp_path, defects=[defect])
+    alone = opened(root, tmp_path, defects=[defect], methods=["crop_paste"])
     assert len(alone.shots()) == 1, "a method that makes its own masks needs no second"
 
 
@@ -77,7 +77,7 @@ def test_no_normals(root, tmp_path):
     with pytest.raises(
         ValueError, match=rf"category without normals: {CATEGORY}/.* Put at least one defect-free image"
     ):
-        study(root, tmp_path)
+        opened(root, tmp_path)
 
 
 def test_normals_that_the_split_keeps_out(root, tmp_path):
@@ -89,17 +89,17 @@ def test_normals_that_the_split_keeps_out(root, tmp_path):
     with pytest.raises(
         ValueError, match=f"{CATEGORY} has no normal image to draw on: put at least one into train/good"
     ):
-        study(root, tmp_path)
+        opened(root, tmp_path)
 
 
 def test_a_prompt_for_an_unknown_defect(root, tmp_path):
     with pytest.raises(ValueError, match=f"prompts: {CATEGORY} has no defect 'craack'; it has: "):
-        study(root, tmp_path, prompts={"craack": "a brick with a crack"})
+        opened(root, tmp_path, prompts={"craack": "a brick with a crack"})
 
 
 @pytest.mark.parametrize("file", ["shots.safetensors", "method.json"])
 def test_a_fit_that_is_cut_off(root, tmp_path, file):
-    s = study(root, tmp_path, methods=["crop_paste"])
+    s = opened(root, tmp_path, methods=["crop_paste"])
     stages.fit(s, "crop_paste", 0)
     folder = s.folder("crop_paste", 0)
     damaged = folder.model / file

@@ -8,7 +8,7 @@ import nbformat
 import pytest
 import torch
 
-from defectlib import batch, images, params, paths, stages
+from defectlib import batch, images, params, paths, study
 from defectlib.params import Parameters
 
 NAMES = sorted(Parameters.model_fields)
@@ -127,7 +127,7 @@ def test_a_notebook_reads_the_profile_the_prompts_and_the_masks(tiny_mini, tiny_
         assert batch.made_from(asked) != before
     mask = sorted((root / "brick" / "ground_truth" / "crack").glob("*.png"))[0]
     images.write_mask(mask, torch.ones(1, 64, 64, dtype=torch.bool))
-    stages._category_rows.cache_clear()
+    study._category_rows.cache_clear()
     assert batch.made_from(asked) != before, "a corrected mask reaches the results"
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from defectlib import params, paths, stages
+from defectlib import params, paths, stages, study
 from defectlib.data.catalog import DATASETS
 from defectlib.methods import base
 
@@ -48,11 +48,11 @@ def test_a_data_set_and_a_method_from_outside_run_through_all_stages(tmp_path, s
         "profile": "smoke", "dataset": "bolts", "data_root": str(tmp_path / "line3"), "methods": ["shade"],
         "runs_root": str(tmp_path / "runs"),
     }  # fmt: skip
-    study = stages.study(params.validate(given))
-    assert (study.category, study.defects) == ("bolt", ("dent", "rust"))
-    assert stages.quality(study, "shade", 0)["metrics"]
-    assert stages.downstream(study, "shade", 0)["metrics"]
-    found = stages.results(study.parameters, [study.category])
+    s = study.open_category(params.validate(given))
+    assert (s.category, s.defects) == ("bolt", ("dent", "rust"))
+    assert stages.quality(s, "shade", 0)["metrics"]
+    assert stages.downstream(s, "shade", 0)["metrics"]
+    found = study.results(s.parameters, [s.category])
     assert set(found["stage"]) == {"fit", "sample", "quality", "downstream"} and set(found["method"]) == {"shade"}
     drawn = found[found["metric"] == "bad_samples"]["value"]
     assert (drawn == 0).all()

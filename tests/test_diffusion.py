@@ -85,3 +85,22 @@ def test_a_noised_step_is_the_schedules_own():
     a = scheduler.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
     assert torch.allclose(noisy, a.sqrt() * clean + (1 - a).sqrt() * noise, atol=1e-6)
     assert len(set(timesteps.tolist())) > 1
+
+
+def test_latent_masks_keep_a_crack_of_one_pixel():
+    crack = torch.zeros(1, 1, 64, 64, dtype=torch.bool)
+    crack[..., 33, 5:60] = True
+    assert diffusion.to_latents(crack, (16, 16))[0, 0].sum() == 14
+
+
+def test_dilation_by_hand():
+    mask = torch.zeros(1, 1, 8, 8, dtype=torch.bool)
+    mask[..., 3, 3] = True
+    assert (
+        diffusion.dilated(mask, 0).sum() == 1
+        and diffusion.dilated(mask, 1).sum() == 9
+        and diffusion.dilated(mask, 2).sum() == 25
+    )
+    # The released schedule: floor((t + 100) * 8 / 1000) cells of 64.
+    assert [diffusion.reach(t, 64, 0.125) for t in (951, 400, 100, 20, 0)] == [8, 4, 1, 0, 0]
+    assert [diffusion.reach(t, 16, 0.125) for t in (951, 400, 100)] == [2, 1, 0]

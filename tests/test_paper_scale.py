@@ -15,7 +15,7 @@ import yaml
 from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from defectlib import backbone, batch, params, paths, stages
+from defectlib import backbone, batch, params, paths, study
 from defectlib.diffusion import sd_scheduler
 from defectlib.metrics import files
 from defectlib.pretrain import parts
@@ -160,15 +160,15 @@ def test_all_notebooks_at_paper_scale(untrained_paper, tiny_mini, tmp_path):
     settings = given.settings()
     assert (settings.backbone, settings.quality.extractor, settings.quality.perceptual) == ("sd15", "inception", "vgg")
     assert settings.downstream.classifier.pretrained and settings.sample.mask_source == "hmi"
-    stages.require_weights(given)
+    study.require_weights(given)
     graph = batch.jobs(given, [CATEGORY])
     for job in graph.values():
         batch.run_job(job)
     assert {job.notebook for job in graph.values()} == set(batch.NOTEBOOKS)
-    fit = stages.study(given.model_copy(update={"category": CATEGORY})).folder("defectsynth", 0).record("fit")
+    fit = study.open_category(given.model_copy(update={"category": CATEGORY})).folder("defectsynth", 0).record("fit")
     assert fit["parameters"]["config"]["steps"] == 2
     assert fit["parameters"]["backbone"] == {"sd15": backbone.digest("sd15")}
-    found = stages.results(given, [CATEGORY])
+    found = study.results(given, [CATEGORY])
     scored = found[(found["method"] == "defectsynth") & found["value"].notna()]
     assert {"inception-kid", "vgg-ic-lpips", "accuracy", "pixel_ap"} <= set(scored["metric"])
     values = {"parameters": given.model_dump(exclude_none=True), "categories": [CATEGORY], "grouping": "category"}

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from defectlib import images, params, stages
+from defectlib import images, params, stages, study
 from defectlib.data import layouts, splits
 from defectlib.report import build
 
@@ -34,7 +34,7 @@ def test_all_stages_run_on_real_images(dataset, folder, shared, tmp_path):
     if dataset == "folder":
         given["data_root"] = str(as_mvtec_ad(shared / folder, tmp_path / "parts"))
     parameters = params.validate(given)
-    s = stages.study(parameters)
+    s = study.open_category(parameters)
     table = s.manifest()
     splits.check(table)
     assert (table.loc[table["side"].isin(["shot", "test"]), "box"] != "").all(), "defects are read as tiles"
@@ -43,7 +43,7 @@ def test_all_stages_run_on_real_images(dataset, folder, shared, tmp_path):
     cells = [shot.mask.float().mean().item() * s.size**2 / 16 for shot in s.shots()]
     assert sorted(cells)[len(cells) // 2] >= 4 * 0.9, "the median defect covers four latent cells"
     stages.quality(s, "crop_paste", 0)
-    for method in (stages.SHOTS_ONLY, "crop_paste"):
+    for method in (study.SHOTS_ONLY, "crop_paste"):
         stages.downstream(s, method, 0)
     page = build.report({"parameters": parameters.model_dump(exclude_none=True), "categories": [s.category]})
     assert page.is_file() and str(tmp_path) in str(page), "real pixels stay out of figures/"

@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from defectlib import batch, params, paths, stages
+from defectlib import batch, params, paths, stages, study
 from defectlib.runs import RunFolder
 
 FAST = ["--profile", "smoke", "--cores", "2"]
@@ -58,7 +58,7 @@ def test_a_killed_batch_goes_on_where_it_stopped(tiny_mini, tmp_path):
         "profile": "smoke", "dataset": "folder", "data_root": str(root), "category": category,
         "runs_root": str(tmp_path / "undisturbed"),
     }  # fmt: skip
-    s = stages.study(params.validate(undisturbed))
+    s = study.open_category(params.validate(undisturbed))
     for stage in (stages.quality, stages.downstream):
         values = [m["value"] for m in stage(s, "crop_paste", 0)["metrics"]]
         ours = RunFolder(folder / category / "crop_paste" / "s0").record(stage.__name__)

@@ -1,16 +1,14 @@
-import dataclasses
-import json
 import shutil
 
 import pytest
 import torch
 
-from defectlib import images, params, paths, prepare, sampling, stages
+from defectlib import images, prepare, sampling, stages, study
 from defectlib.runs import STAGES
 
 
 def test_stages_make_what_they_lack_once(tiny_parameters):
-    s = stages.study(tiny_parameters)
+    s = study.open_category(tiny_parameters)
     record = stages.quality(s, "crop_paste", 0)
     folder = s.folder("crop_paste", 0)
     times = {stage: folder.stage_file(stage).stat().st_mtime_ns for stage in ("fit", "sample", "quality")}
@@ -22,30 +20,28 @@ def test_stages_make_what_they_lack_once(tiny_parameters):
 
 
 def test_downstream_has_the_shots_only_row(tiny_parameters):
-    s = stages.study(tiny_parameters)
-    for method in (stages.SHOTS_ONLY, "crop_paste"):
+    s = study.open_category(tiny_parameters)
+    for method in (study.SHOTS_ONLY, "crop_paste"):
         record = stages.downstream(s, method, 0)
         values = {m["metric"]: m["value"] for m in record["metrics"]}
         assert 0 <= values["accuracy"] <= 1 and 0 <= values["pixel_auroc"] <= 1
-    assert not s.folder(stages.SHOTS_ONLY, 0).stage_file("sample").exists()
-    found = stages.results(tiny_parameters, [s.category])
-    assert set(found["method"]) == {stages.SHOTS_ONLY, "crop_paste"} and set(found["stage"]) == set(STAGES) - {
-        "quality"
-    }
+    assert not s.folder(study.SHOTS_ONLY, 0).stage_file("sample").exists()
+    found = study.results(tiny_parameters, [s.category])
+    assert set(found["method"]) == {study.SHOTS_ONLY, "crop_paste"} and set(found["stage"]) == set(STAGES) - {"quality"}
     trained = found[found["metric"] == "pixel_ap"].set_index("method")["protocol"]
-    assert '"n_generated": 0' in trained[stages.SHOTS_ONLY] and '"n_train_real": 0' in trained["crop_paste"]
+    assert '"n_generated": 0' in trained[study.SHOTS_ONLY] and '"n_train_real": 0' in trained["crop_paste"]
 
 
 def test_a_split_that_holds_nothing_out_withholds_its_scores(tiny_parameters):
-    s = stages.study(tiny_parameters.model_copy(update={"split": "all_shots"}))
-    metrics = stages.downstream(s, stages.SHOTS_ONLY, 0)["metrics"]
+    s = study.open_category(tiny_parameters.model_copy(update={"split": "all_shots"}))
+    metrics = stages.downstream(s, study.SHOTS_ONLY, 0)["metrics"]
     assert {m["metric"] for m in metrics} == set(stages.WITHHELD) and all(m["value"] is None for m in metrics)
     assert all("'all_shots' holds no defect image of brick out" in m["protocol"]["why_withheld"] for m in metrics)
-    assert stages.confusion(s, stages.SHOTS_ONLY) is None
+    assert stages.confusion(s, study.SHOTS_ONLY) is None
 
 
 def test_variants_draw_with_the_fit_of_their_method(tiny_parameters, monkeypatch):
-    s = stages.study(tiny_parameters.model_copy(update={"methods": ["crop_paste"]}))
+    s = study.open_category(tiny_parameters.model_copy(update={"methods": ["crop_paste"]}))
     assert set(s.variants) == {"crop_paste_no_turns", "crop_paste_anywhere", "crop_paste_feather"}
     stages.sample(s, "crop_paste", 0)
     record = stages.sample(s, "crop_paste_feather", 0)
@@ -54,37 +50,14 @@ def test_variants_draw_with_the_fit_of_their_method(tiny_parameters, monkeypatch
     assert s.load("crop_paste_feather", 0).config.feather == 2.0
     drawn = [sampling.load(s.folder(name, 0).path) for name in ("crop_paste", "crop_paste_feather")]
     assert all(torch.equal(a.mask, b.mask) and not torch.equal(a.image, b.image) for a, b in zip(*drawn))
-    assert "crop_paste_feather" in set(stages.results(s.parameters, [s.category])["method"])
-
-
-def test_a_variant_has_a_fit_of_its_own_where_the_fit_differs(tiny_parameters):
-    s = stages.study(tiny_parameters)
-    variants = s.settings.variants | {"defectsynth_longer": params.Variant(of="defectsynth", config={"steps": 3})}
-    s = dataclasses.replace(s, settings=s.settings.model_copy(update={"variants": variants}))
-    assert s.fitted_as("defectsynth_no_sae") == "defectsynth" and not s.config("defectsynth_no_sae").sae
-    assert s.fitted_as("defectsynth_longer") == "defectsynth_longer"
-    released = s.config("defectsynth_as_released")
-    assert (released.eta, released.sae_form) == (1.0, "released")
-    assert released.num_inference_steps == 2, "what the profile sets stays"
-    assert s.mask_source_name("defectsynth_perlin") == "perlin" and s.mask_source_name("defectsynth_no_sae") == "hmi"
-
-
-def test_weights_are_asked_for_before_any_work(tiny_parameters, tmp_path, monkeypatch):
-    stages.require_weights(tiny_parameters)
-    monkeypatch.setattr(paths, "WEIGHTS", tmp_path)
-    monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path))
-    with pytest.raises(FileNotFoundError, match="get them by: python -m defectlib.metrics.files inception"):
-        stages.require_weights(tiny_parameters.model_copy(update={"profile": "paper"}))
-    monkeypatch.setattr("defectlib.backbone.folder_of", lambda name: tmp_path / name)
-    with pytest.raises(FileNotFoundError, match="train it by `make backbone`"):
-        stages.require_weights(tiny_parameters.model_copy(update={"methods": ["defectsynth"]}))
+    assert "crop_paste_feather" in set(study.results(s.parameters, [s.category])["method"])
 
 
 def test_other_sampling_parameters_keep_the_fit_and_set_the_old_samples_aside(tiny_parameters):
-    s = stages.study(tiny_parameters)
+    s = study.open_category(tiny_parameters)
     stages.sample(s, "crop_paste", 0)
     fit = s.folder("crop_paste", 0).stage_file("fit").stat().st_mtime_ns
-    more = stages.study(tiny_parameters.model_copy(update={"prompts": {s.defects[0]: "another text"}}))
+    more = study.open_category(tiny_parameters.model_copy(update={"prompts": {s.defects[0]: "another text"}}))
     stages.sample(more, "crop_paste", 0)
     folder = more.folder("crop_paste", 0)
     assert folder.stage_file("fit").stat().st_mtime_ns == fit
@@ -93,7 +66,7 @@ def test_other_sampling_parameters_keep_the_fit_and_set_the_old_samples_aside(ti
 
 
 def test_a_killed_drawing_continues_to_the_same_set(tiny_parameters, tmp_path, monkeypatch):
-    s = stages.study(tiny_parameters)
+    s = study.open_category(tiny_parameters)
     written = images.write_mask
     count = iter(range(100))
 
@@ -111,18 +84,11 @@ def test_a_killed_drawing_continues_to_the_same_set(tiny_parameters, tmp_path, m
     before = {f: f.stat().st_mtime_ns for f in sorted((folder.path / "masks").glob("*.png"))[:4]}
     stages.sample(s, "crop_paste", 0)
     assert {f: f.stat().st_mtime_ns for f in before} == before, "complete groups are kept"
-    other = stages.study(tiny_parameters.model_copy(update={"runs_root": str(tmp_path / "undisturbed")}))
+    other = study.open_category(tiny_parameters.model_copy(update={"runs_root": str(tmp_path / "undisturbed")}))
     stages.sample(other, "crop_paste", 0)
     whole = other.folder("crop_paste", 0).path
     for file in sorted(whole.rglob("*.png")) + [whole / "samples.csv"]:
         assert (folder.path / file.relative_to(whole)).read_bytes() == file.read_bytes()
-
-
-def test_no_test_image_is_a_shot(tiny_parameters):
-    s = stages.study(tiny_parameters)
-    shots = {(shot.defect, shot.id) for shot in s.shots()}
-    held_out = {(defect, name) for _, _, defect, name in s.held_out()}
-    assert shots and held_out and not shots & held_out
 
 
 def test_the_split_is_made_once_and_again_when_the_data_changed(tiny_parameters, tiny_mini, tmp_path):
@@ -133,67 +99,12 @@ def test_the_split_is_made_once_and_again_when_the_data_changed(tiny_parameters,
     file = asked.dataset_folder() / "split_p0.csv"
     stamp = file.stat().st_mtime_ns
     assert prepare.manifest(asked).equals(first) and file.stat().st_mtime_ns == stamp
-    s = stages.study(asked)
+    s = study.open_category(asked)
     removed = root / first[(first["side"] == "test") & (first["defect"] == s.defects[0])].iloc[-1]["image"]
     removed.unlink()
     for mask in root.glob(f"{s.category}/ground_truth/{s.defects[0]}/{removed.stem}*"):
         mask.unlink()
     assert len(prepare.manifest(asked)) == len(first) - 1
-
-
-def test_damaged_data_stop_a_study_before_any_work(tiny_parameters, tiny_mini, tmp_path):
-    root = tmp_path / "copy"
-    shutil.copytree(tiny_mini, root)
-    victim = next(root.glob("*/test/*/000.png"))
-    victim.write_bytes(victim.read_bytes()[:200])
-    with pytest.raises(ValueError, match=r"would spoil a run: .*000\.png.*python -m defectlib audit"):
-        stages.study(tiny_parameters.model_copy(update={"data_root": str(root)}))
-    assert not (tmp_path / "runs" / "smoke" / "mini" / "split_p0.csv").exists()
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"category": "spoon"}, "no category 'spoon' with shots; it has: "),
-        ({"defects": ["melted"]}, "has no defect melted with shots; it has: "),
-        ({"methods": ["cut_paste"]}, "no method 'cut_paste'"),
-    ],
-)
-def test_unknown_names_list_the_known(tiny_parameters, change, message):
-    with pytest.raises(ValueError, match=message):
-        stages.study(tiny_parameters.model_copy(update=change))
-
-
-def test_a_missing_data_root_says_how_to_get_it(tiny_parameters):
-    asked = tiny_parameters.model_copy(update={"dataset": "mvtec_ad", "data_root": "nowhere"})
-    with pytest.raises(FileNotFoundError, match="nowhere is not a folder.*mvtec.com"):
-        stages.study(asked)
-
-
-def test_notebooks_draw_beside_the_runs(tiny_parameters):
-    own = tiny_parameters.model_copy(update={"profile": "demo", "data_root": None, "runs_root": None})
-    assert stages.figures_folder(own) == paths.RUNS / "demo" / "mini" / "figures"
-    assert stages.figures_folder(own.model_copy(update={"figures_root": "x"})).as_posix() == "x"
-
-
-def test_results_are_those_that_are_asked_for(tiny_parameters):
-    first, second = (f"c{i}" for i in range(2))
-    s = stages.study(tiny_parameters)
-    record = stages.fit(s, "crop_paste", 0)
-    for category, method, seed in ((first, "crop_paste", 0), (second, "crop_paste", 0), (first, "crop_paste", 7),
-                                   (first, "other", 0), (first, stages.SHOTS_ONLY, 0)):  # fmt: skip
-        folder = tiny_parameters.dataset_folder() / category / method / f"s{seed}"
-        paths.write_text(
-            folder / "fit.json", json.dumps(record | {"category": category, "method": method, "seed": seed})
-        )
-
-    def runs_of(categories, **more):
-        found = stages.results(tiny_parameters.model_copy(update=more), categories)
-        return sorted(zip(found["category"], found["method"], found["seed"]))
-
-    assert runs_of([first]) == [("c0", "crop_paste", 0), ("c0", "shots_only", 0)]
-    assert ("c1", "crop_paste", 0) in runs_of([first, second])
-    assert runs_of([first], seeds=[7]) == [("c0", "crop_paste", 7)]
 
 
 def test_a_second_data_root_does_not_replace_the_runs_of_the_first(tiny_parameters, tiny_mini, tmp_path):
@@ -211,9 +122,3 @@ def test_a_second_data_root_does_not_replace_the_runs_of_the_first(tiny_paramete
     moved = tmp_path / "moved"
     shutil.copytree(tiny_mini, moved)
     assert len(prepare.manifest(tiny_parameters.model_copy(update={"data_root": str(moved)})))
-
-
-def test_random_thirds_has_a_partition_a_seed(tiny_parameters):
-    s = stages.study(tiny_parameters.model_copy(update={"split": "random_thirds"}))
-    sides = [s.manifest(seed).set_index(["defect", "id"])["side"] for seed in (0, 1)]
-    assert not sides[0].sort_index().equals(sides[1].sort_index())

@@ -15,22 +15,9 @@ from defectlib import batch, params, paths
 
 ROOMS = [
     *("paths", "types", "images", "params", "data", "masks"),
-    *("backbone", "attention", "diffusion", "fusion", "training", "adaptation"),
-    *(
-        "methods",
-        "sampling",
-        "metrics",
-        "downstream",
-        "pretrain",
-        "prepare",
-        "runs",
-        "stages",
-        "published",
-        "report",
-        "doctor",
-        "batch",
-    ),
-    "cli",
+    *("backbone", "attention", "diffusion", "control", "fusion", "training", "adaptation"),
+    *("methods", "sampling", "metrics", "downstream", "pretrain", "prepare", "runs", "study", "stages"),
+    *("published", "report", "doctor", "batch", "cli"),
 ]
 NOTEBOOKS = sorted(batch.NOTEBOOKS)
 

@@ -22,6 +22,7 @@ def perlin(
     area: tuple[float, float] = (0.01, 0.20),
     scales: tuple[int, ...] = (2, 4, 8, 16),
     rotate: float = 90.0,
+    allowed: Tensor | None = None,
 ) -> Tensor:
     """A mask of thresholded Perlin noise, in the manner of DRAEM (Zavrtanik et al. 2021, section 3.1).
 
@@ -34,12 +35,14 @@ def perlin(
         area: Smallest and largest share of the image to cover.
         scales: Cells along a side to choose from, for each axis by itself.
         rotate: The lattice is turned by up to this many degrees either way.
+        allowed: Where pixels may be set, bool (1, size, size); anywhere if None. Where it is smaller than the area
+            drawn, it is filled.
 
     Returns:
         bool (1, size, size) with at least one pixel set.
 
     Raises:
-        ValueError: ``area`` is not 0 < low <= high < 1.
+        ValueError: ``area`` is not 0 < low <= high < 1, or ``allowed`` is empty.
     """
     low, high = area
     if not 0 < low <= high < 1:
@@ -54,6 +57,11 @@ def perlin(
     rows = (y * np.cos(turn) + x * np.sin(turn) + 1) * cells[0]
     columns = (x * np.cos(turn) - y * np.sin(turn) + 1) * cells[1]
     noise = _gradient_noise(rows, columns, gradients)
+    if allowed is not None:
+        if not allowed.any():
+            raise ValueError("no pixel is allowed: the foreground of the normal image is empty")
+        noise[~allowed[0].numpy()] = -np.inf
+        target = min(target, int(allowed.sum()))
     mask = np.zeros(size * size, bool)
     mask[np.argsort(-noise, axis=None, kind="stable")[:target]] = True
     return torch.from_numpy(mask.reshape(1, size, size))

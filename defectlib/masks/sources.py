@@ -34,9 +34,7 @@ def affine(rng: np.random.Generator, shots: Sequence[Shot], normal: Tensor) -> T
 def perlin(rng: np.random.Generator, shots: Sequence[Shot], normal: Tensor) -> Tensor:
     """Perlin noise inside the normal's foreground, with areas in the range of the real masks (Table VI's baseline)."""
     areas = [shot.mask.float().mean().item() for shot in shots]
-    drawn = random.perlin(rng, normal.shape[1], (min(areas), max(areas)))
-    inside = drawn & trimap.foreground(normal)
-    return inside if inside.any() else affine(rng, shots, normal)
+    return random.perlin(rng, normal.shape[1], (min(areas), max(areas)), allowed=trimap.foreground(normal))
 
 
 MaskSource = Callable[[np.random.Generator, Sequence[Shot], Tensor], Tensor]

@@ -24,25 +24,24 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar, Literal
 
 import numpy as np
 import safetensors.torch
 import torch
-import torch.nn.functional as F
 from diffusers import ControlNetModel
 from pydantic import Field
 from skimage.exposure import match_histograms
-from torch import Tensor, nn
+from torch import Tensor
 
 from defectlib import paths
 from defectlib.adaptation import Adapter, adapt, restore
 from defectlib.attention import AttentionWeights, reweighted, selective_weights
 from defectlib.backbone import Backbone
-from defectlib.diffusion import denoise, noise_like, noised
+from defectlib.control import embedded_once, new_controlnet, noise_loss
+from defectlib.diffusion import denoise, dilated, noise_like, reach, to_latents
 from defectlib.fusion import fuse
 from defectlib.masks import alignment
 from defectlib.methods.base import MethodConfig, load_shots, register, save_shots
@@ -122,72 +121,6 @@ class DefectSynthConfig(MethodConfig):
         )  # fmt: skip
 
 
-def to_latents(masks: Tensor, size: tuple[int, int]) -> Tensor:
-    """Masks bool (N, 1, H, W) on the latents' grid: a cell is in the mask if any of its pixels is.
-
-    One-pixel cracks survive, which bilinear resizing and a threshold would lose.
-    """
-    return F.adaptive_max_pool2d(masks.float(), size) > 0
-
-
-def dilated(mask: Tensor, radius: int) -> Tensor:
-    """Square dilation of bool (N, 1, h, w) by ``radius`` cells: a max pool."""
-    return F.max_pool2d(mask.float(), 2 * radius + 1, 1, radius) > 0 if radius else mask
-
-
-def reach(timestep: int, side: int, dilation: float) -> int:
-    """Cells by which the blending mask is dilated at a timestep: floor((t + 100) / 1000 * dilation * side), 0 at t = 0.
-
-    The released schedule (8 of 64 cells at the start), as a share of the side so that it means the same at any size.
-    """
-    return int((timestep + 100) * dilation * side / 1000) if timestep > 0 else 0
-
-
-def noise_loss(
-    net: ControlNetModel,
-    base: Backbone,
-    latents: Tensor,
-    text: Tensor,
-    hints: Tensor,
-    weights: Tensor,
-    generator: torch.Generator,
-) -> Tensor:
-    """What a training step minimises: the noise-prediction error of the frozen base with the ControlNet's residuals.
-
-    Args:
-        net: What is trained; the gradients reach it through the base's decoder.
-        base: Its UNet and noise schedule are used.
-        latents: x_0 of real defects, (N, C, h, w).
-        text: Embedded prompts, (N, L, D).
-        hints: Masks as images, (N, 3, H, W) in {0, 1}.
-        weights: Of the squared errors, (N, 1, h, w).
-        generator: A CPU generator: timesteps, then noise.
-
-    Returns:
-        The weighted mean square, a scalar.
-    """
-    noisy, timesteps, noise = noised(latents, base.scheduler, generator)
-    residuals, middle = net(noisy, timesteps, text, hints, return_dict=False)
-    predicted = base.unet(
-        noisy, timesteps, text, down_block_additional_residuals=residuals, mid_block_additional_residual=middle
-    ).sample
-    return (weights * (predicted.float() - noise).square()).mean()
-
-
-@contextmanager
-def embedded_once(net: ControlNetModel, hint: Tensor) -> Iterator[Tensor]:
-    """Within it ``net`` takes the embedding of ``hint``, which it yields, in the hint's place.
-
-    A hint (N, 3, H, W) is embedded at its full size and is the same at every step: on a CPU a ninth of a step's time.
-    """
-    embedding = net.controlnet_cond_embedding
-    try:
-        net.controlnet_cond_embedding = nn.Identity()
-        yield embedding(hint)
-    finally:
-        net.controlnet_cond_embedding = embedding
-
-
 @register("defectsynth")
 class DefectSynth:
     """See the module's docstring.
@@ -212,16 +145,6 @@ class DefectSynth:
         self.curve: list[tuple[int, float]] = []
         self.controlnet: ControlNetModel | None = None
         self._latents: dict[tuple[str, str], Tensor] = {}
-
-    def _new_controlnet(self, seed: int) -> ControlNetModel:
-        # The hint is brought to the latents' size by one stride-2 convolution a halving of the VAE.
-        halvings = int(np.log2(self.backbone.cell))
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            net = ControlNetModel.from_unet(
-                self.backbone.unet, conditioning_embedding_out_channels=(16, 32, 96, 256)[: halvings + 1]
-            )
-        return net.to(self.backbone.device)
 
     def fit(
         self, shots: Sequence[Shot], normals: Sequence[Tensor], *, prompts: dict[str, str], seed: int, workdir: Path
@@ -250,7 +173,7 @@ class DefectSynth:
         base.latent_shape(images.shape[-1])
         latents, hints = base.encode(images), masks.float().expand(-1, 3, -1, -1).to(base.device)
         weights = 1 + config.mask_weight * to_latents(masks, tuple(latents.shape[2:])).float().to(base.device)
-        net = self._new_controlnet(seed)
+        net = new_controlnet(base, seed)
         if config.gradient_checkpointing:
             net.enable_gradient_checkpointing()
 

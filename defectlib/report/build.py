@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from defectlib import params, paths, prepare, stages
+from defectlib import params, paths, prepare, study
 from defectlib.report import page, page_parts, tables
 
 
@@ -46,8 +46,8 @@ def report(batch: dict[str, Any]) -> Path:
     """
     parameters = params.validate(batch["parameters"], "batch.json")
     categories = batch["categories"]
-    folder = stages.figures_folder(parameters)
-    results = stages.results(parameters, categories)
+    folder = parameters.figures_folder()
+    results = study.results(parameters, categories)
     seeds = parameters.seeds or parameters.settings().seeds
     split = manifests(parameters, categories, seeds)
     built = {name: tables.build(results, name, manifests=split) for name in tables.NAMES}

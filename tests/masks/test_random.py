@@ -54,6 +54,17 @@ def test_gradient_noise_is_zero_on_the_lattice_and_hand_worked_between():
     assert random._gradient_noise(np.array([0.5]), np.array([0.25]), angles) == pytest.approx(0.25 - 53 / 512)
 
 
+def test_perlin_keeps_its_area_inside_what_is_allowed():
+    allowed = torch.zeros(1, 64, 64, dtype=torch.bool)
+    allowed[:, 40:, 40:] = True
+    for seed in range(20):
+        mask = random.perlin(rng(seed), 64, (0.05, 0.1), allowed=allowed)
+        assert 0.05 * 4096 - 1 <= mask.sum() <= 0.1 * 4096 + 1 and not (mask & ~allowed).any()
+    assert torch.equal(random.perlin(rng(), 64, (0.5, 0.5), allowed=allowed), allowed), "filled, not spilled"
+    with pytest.raises(ValueError, match="no pixel is allowed"):
+        random.perlin(rng(), 64, allowed=allowed & ~allowed)
+
+
 @pytest.mark.parametrize("area", [(0.0, 0.1), (0.3, 0.2), (0.5, 1.0)])
 def test_perlin_refuses_impossible_areas(area):
     with pytest.raises(ValueError, match="area"):

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from defectlib.methods.defectsynth import DefectSynth, DefectSynthConfig, dilated, embedded_once, reach, to_latents
+from defectlib.control import embedded_once
+from defectlib.diffusion import to_latents
+from defectlib.methods.defectsynth import DefectSynth, DefectSynthConfig
 from defectlib.types import Request, Shot
 
 PROMPTS = {"hole": "a plate with a hole"}
@@ -110,21 +112,6 @@ def test_the_hint_is_embedded_once_to_the_same_residuals(fitted):
     with pytest.raises(RuntimeError, match="in the loop"), embedded_once(net, hint):
         raise RuntimeError("in the loop")
     assert net.controlnet_cond_embedding is embedding
-
-
-def test_latent_masks_keep_a_crack_of_one_pixel():
-    crack = torch.zeros(1, 1, 64, 64, dtype=torch.bool)
-    crack[..., 33, 5:60] = True
-    assert to_latents(crack, (16, 16))[0, 0].sum() == 14
-
-
-def test_dilation_by_hand():
-    mask = torch.zeros(1, 1, 8, 8, dtype=torch.bool)
-    mask[..., 3, 3] = True
-    assert dilated(mask, 0).sum() == 1 and dilated(mask, 1).sum() == 9 and dilated(mask, 2).sum() == 25
-    # The released schedule: floor((t + 100) * 8 / 1000) cells of 64.
-    assert [reach(t, 64, 0.125) for t in (951, 400, 100, 20, 0)] == [8, 4, 1, 0, 0]
-    assert [reach(t, 16, 0.125) for t in (951, 400, 100)] == [2, 1, 0]
 
 
 def test_what_was_released_is_a_configuration():

@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 
-from defectlib import batch, params, paths, stages
+from defectlib import batch, params, paths, study
 from defectlib.report import build, figures, page_parts, tables
 
 DEFAULT = params.Parameters(profile="demo")
@@ -24,8 +24,8 @@ def drawn(folder, *stems):
 
 def reported(parameters):
     """The page of a batch over the first category, in whose folder an earlier batch left pictures."""
-    s = stages.study(parameters)
-    folder = stages.figures_folder(parameters)
+    s = study.open_category(parameters)
+    folder = parameters.figures_folder()
     drawn(folder, f"kid_spread_{s.category}", f"kid_spread_big_{s.category}", "kid_spread_spoon", "confusion")
     values = {"parameters": parameters.model_dump(exclude_none=True), "categories": [s.category]}
     return s.category, build.report(values)

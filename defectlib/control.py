@@ -1,0 +1,73 @@
+"""ControlNet on a frozen base model: a new one, what its training minimises, and its hint embedded once a drawing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from diffusers import ControlNetModel
+from torch import Tensor, nn
+
+from defectlib.backbone import Backbone
+from defectlib.diffusion import noised
+
+
+def new_controlnet(base: Backbone, seed: int) -> ControlNetModel:
+    """A copy of the base's encoder with zero convolutions behind it: untrained, it has no effect.
+
+    The hint is brought to the latents' size by one stride-2 convolution a halving of the VAE.
+    """
+    halvings = int(np.log2(base.cell))
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        net = ControlNetModel.from_unet(
+            base.unet, conditioning_embedding_out_channels=(16, 32, 96, 256)[: halvings + 1]
+        )
+    return net.to(base.device)
+
+
+def noise_loss(
+    net: ControlNetModel,
+    base: Backbone,
+    latents: Tensor,
+    text: Tensor,
+    hints: Tensor,
+    weights: Tensor,
+    generator: torch.Generator,
+) -> Tensor:
+    """What a training step minimises: the noise-prediction error of the frozen base with the ControlNet's residuals.
+
+    Args:
+        net: What is trained; the gradients reach it through the base's decoder.
+        base: Its UNet and noise schedule are used.
+        latents: x_0 of real defects, (N, C, h, w).
+        text: Embedded prompts, (N, L, D).
+        hints: Masks as images, (N, 3, H, W) in {0, 1}.
+        weights: Of the squared errors, (N, 1, h, w).
+        generator: A CPU generator: timesteps, then noise.
+
+    Returns:
+        The weighted mean square, a scalar.
+    """
+    noisy, timesteps, noise = noised(latents, base.scheduler, generator)
+    residuals, middle = net(noisy, timesteps, text, hints, return_dict=False)
+    predicted = base.unet(
+        noisy, timesteps, text, down_block_additional_residuals=residuals, mid_block_additional_residual=middle
+    ).sample
+    return (weights * (predicted.float() - noise).square()).mean()
+
+
+@contextmanager
+def embedded_once(net: ControlNetModel, hint: Tensor) -> Iterator[Tensor]:
+    """Within it ``net`` takes the embedding of ``hint``, which it yields, in the hint's place.
+
+    A hint (N, 3, H, W) is embedded at its full size and is the same at every step: on a CPU a ninth of a step's time.
+    """
+    embedding = net.controlnet_cond_embedding
+    try:
+        net.controlnet_cond_embedding = nn.Identity()
+        yield embedding(hint)
+    finally:
+        net.controlnet_cond_embedding = embedding

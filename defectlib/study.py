@@ -1,0 +1,263 @@
+"""One category under the parameters of a notebook: its data, methods, configurations and run folders."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from defectlib import backbone, diffusion, params, prepare, runs
+from defectlib.backbone import Backbone
+from defectlib.data import splits
+from defectlib.masks import latent, sources
+from defectlib.masks.sources import MaskSource
+from defectlib.methods import base
+from defectlib.methods.base import Method, MethodConfig
+from defectlib.metrics import files
+from defectlib.params import Parameters, Profile
+from defectlib.runs import RunFolder
+from defectlib.types import Shot
+
+SHOTS_ONLY = "shots_only"
+
+
+@dataclass(frozen=True)
+class Study:
+    """One category of a data set under the parameters of a notebook."""
+
+    parameters: Parameters
+    settings: Profile
+    root: Path
+    category: str
+    all_defects: tuple[str, ...]
+    defects: tuple[str, ...]
+    methods: tuple[str, ...]
+    variants: tuple[str, ...]
+    seeds: tuple[int, ...]
+
+    def manifest(self, seed: int = 0) -> pd.DataFrame:
+        """The rows of this category in the split that the run of ``seed`` uses."""
+        return _category_rows(self.parameters.model_dump_json(), self.category, seed)
+
+    def shots(self, seed: int = 0) -> list[Shot]:
+        """The few-shot training set."""
+        return splits.shots(self.manifest(seed), self.root, self.category, self.defects, self.size)
+
+    def normals(self, seed: int = 0) -> list[Tensor]:
+        """Defect-free images to draw on and to train with."""
+        limit = self.settings.data.max_normals
+        return splits.normals(self.manifest(seed), self.root, self.category, "train", self.size, limit)
+
+    def held_out(self, seed: int = 0) -> list[tuple[Tensor, Tensor, str, str]]:
+        """Test images: every held-out defect of the asked types, and up to ``max_test_normals`` normals."""
+        found = splits.held_out(self.manifest(seed), self.root, self.category, self.defects, self.size)
+        good = [item for item in found if item[2] == "good"]
+        return [item for item in found if item[2] != "good"] + good[: self.settings.data.max_test_normals]
+
+    def real(self, defect: str, seed: int = 0) -> list[Tensor]:
+        """All real images of a defect, shots first: the reference set of the quality measures, as in DefectSynth."""
+        few = [shot.image for shot in self.shots(seed) if shot.defect == defect]
+        return few + [image for image, _, name, _ in self.held_out(seed) if name == defect]
+
+    def quality_arguments(self) -> dict[str, Any]:
+        """The profile's extractors and protocol, as :func:`metrics.quality.evaluate` takes them."""
+        q = self.settings.quality
+        return {
+            "extractor": q.extractor, "perceptual": q.perceptual, "protocol": q.ic_lpips, "seeds": q.seeds,
+            "subset_cap": q.kid_subset_cap, "subsets": q.kid_subsets,
+        }  # fmt: skip
+
+    @property
+    def size(self) -> int:
+        """Side of the square images, in px."""
+        return self.settings.data.image_size
+
+    def folder(self, method: str, seed: int) -> RunFolder:
+        """Where the run of a method and a seed lives."""
+        return RunFolder(self.parameters.dataset_folder() / self.category / method / f"s{seed}")
+
+    def method_of(self, name: str) -> type[Method]:
+        """The class of a method or of a variant."""
+        variant = self.settings.variants.get(name)
+        return base.get(variant.of if variant else name)
+
+    def config(self, name: str) -> MethodConfig:
+        """The profile's configuration of a method or of a variant."""
+        return _config(self.settings, name)
+
+    def fitted_as(self, name: str) -> str:
+        """The method whose fit a method or a variant draws with."""
+        variant = self.settings.variants.get(name)
+        return (
+            variant.of if variant and self.config(name).fit_values() == self.config(variant.of).fit_values() else name
+        )
+
+    def load(self, name: str, seed: int) -> Method:
+        """The fitted method of a run, or a variant of it, ready to draw; :func:`fit` must have been called.
+
+        Raises:
+            ValueError: A file of the fit is cut off or missing.
+        """
+        folder, base_model = self.folder(self.fitted_as(name), seed), self.backbone(name)
+        try:
+            fitted = self.method_of(name).load(folder.model, base_model)
+        except (OSError, json.JSONDecodeError, KeyError, SafetensorError) as error:  # whatever a truncated file raises
+            raise ValueError(f"the model in {folder.model} cannot be read: delete {folder.path} to fit anew") from error
+        fitted.config = self.config(name)
+        return fitted
+
+    def backbone(self, name: str) -> Backbone | None:
+        """The profile's base model, for a method that draws with one."""
+        return backbone.load(self.settings.backbone) if self.method_of(name).needs_backbone else None
+
+    def mask_source_name(self, name: str) -> str:
+        """Where a method or a variant gets its masks from."""
+        variant = self.settings.variants.get(name)
+        return (variant and variant.mask_source) or self.settings.sample.mask_source
+
+    def mask_source(self, name: str) -> MaskSource:
+        """The same, as a function; sources that interpolate in latent space do so on the profile's base model."""
+        name = self.mask_source_name(name)
+        if name in sources.SOURCES:
+            return sources.SOURCES[name]
+        return getattr(latent, name)(diffusion.latent_space(backbone.load(self.settings.backbone)))
+
+    def prompts(self) -> dict[str, str]:
+        """Defect -> text prompt."""
+        return {d: params.prompt(self.parameters, self.category, d) for d in self.defects}
+
+    def identity(self, method: str, seed: int) -> dict[str, Any]:
+        """What names a run in a stage file."""
+        return {
+            "profile": self.settings.profile, "split": self.settings.data.split, "dataset": self.parameters.dataset,
+            "category": self.category, "method": method, "seed": seed,
+        }  # fmt: skip
+
+    def data_key(self, seed: int) -> str:
+        """sha256 over the split rows, the defects and how images are read."""
+        text = self.manifest(seed).to_csv(index=False) + json.dumps([self.defects, self.settings.data.model_dump()])
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def stamp(self) -> str:
+        """The last line of a notebook: what was run, on which code and machine."""
+        about = runs.provenance()
+        named = ("torch", "diffusers", "torch-fidelity", "lpips")
+        versions = ", ".join(f"{name} {about['versions'][name]}" for name in named)
+        code = about["git_sha"][:12] + (" with uncommitted changes" if about["dirty"] else "")
+        return (
+            f"profile {self.settings.profile}, {self.parameters.dataset}/{self.category} ({', '.join(self.defects)}), "
+            f"split {self.settings.data.split}, methods {', '.join(self.methods)}, "
+            f"seeds {', '.join(map(str, self.seeds))}\n"
+            f"code {code}, python {about['python']}, {versions}, {about['device']}"
+        )
+
+
+def _config(settings: Profile, name: str) -> MethodConfig:
+    variant = settings.variants.get(name)
+    if variant is None:
+        return base.configure(name, settings.methods.get(name, {}))
+    values = settings.methods.get(variant.of, {}) | variant.config
+    if variant.released:
+        values = base.get(variant.of).Config.as_released(**values).model_dump()
+    return base.configure(variant.of, values)
+
+
+@functools.lru_cache(maxsize=16)
+def _category_rows(parameters: str, category: str, seed: int) -> pd.DataFrame:
+    table = prepare.manifest(Parameters.model_validate_json(parameters), seed)
+    return table[table["category"] == category].reset_index(drop=True)
+
+
+def open_category(parameters: Parameters) -> Study:
+    """Open a category for work; a missing one is the first of the data set.
+
+    Raises:
+        ValueError: The category, a defect or a method does not exist (the sentence lists those that do), or the
+            category holds too little: no normals, or one shot where masks are interpolated between two.
+    """
+    settings = parameters.settings()
+    torch.set_num_threads(settings.threads)
+    table = prepare.manifest(parameters)
+    shots = table[table["side"] == "shot"]
+    known = sorted(shots["category"].unique())
+    category = parameters.category or known[0]
+    if category not in known:
+        raise ValueError(f"{parameters.dataset} has no category '{category}' with shots; it has: {', '.join(known)}")
+    every = prepare.ordered(
+        list(shots.loc[shots["category"] == category, "defect"].unique()), parameters.dataset, category
+    )
+    defects = parameters.defects or every[: settings.grid.defects]
+    unknown = sorted(set(defects) - set(every))
+    if unknown:
+        raise ValueError(f"{category} has no defect {', '.join(unknown)} with shots; it has: {', '.join(every)}")
+    methods = parameters.methods or list(settings.methods)
+    variants = settings.variants_of(methods)
+    for name in [*methods, *variants]:
+        _config(settings, name)
+    seeds = parameters.seeds or settings.seeds
+    root = prepare.data_root(parameters)
+    names = (tuple(every), tuple(defects), tuple(methods), tuple(variants))
+    s = Study(parameters, settings, root, category, *names, tuple(seeds))
+    _check(s, table[table["category"] == category])
+    return s
+
+
+def _check(s: Study, rows: pd.DataFrame) -> None:
+    """Stop before any long work where a category, with these rows of the split, would stop a run in the middle."""
+    shipped = params.load_category(s.parameters.dataset, s.category)
+    known = set(rows["defect"]) | set(shipped.prompts if shipped else ())
+    if unknown := sorted(set(s.parameters.prompts) - known):
+        raise ValueError(f"prompts: {s.category} has no defect '{unknown[0]}'; it has: {', '.join(s.all_defects)}")
+    if not ((rows["defect"] == "good") & (rows["side"] == "train")).any():
+        raise ValueError(f"{s.category} has no normal image to draw on: put at least one into train/good")
+    shots = rows.loc[rows["side"] == "shot", "defect"].value_counts()
+    single = [defect for defect in s.defects if shots[defect] == 1]
+    for name in [*s.methods, *s.variants] if single else []:
+        source = s.mask_source_name(name)
+        if source.startswith("hmi") and not s.method_of(name).makes_masks:
+            raise ValueError(
+                f"{s.category}/{single[0]} has one shot, and the mask source '{source}' of {name} interpolates between "
+                "two: add a second image with its mask, ask for other `defects`, or leave the method out of `methods`"
+            )
+
+
+def require_weights(parameters: Parameters) -> None:
+    """Stop before any long work where weights that the profile needs are not here.
+
+    Raises:
+        FileNotFoundError: They are missing; the sentence holds the command that gets them.
+        ValueError: A file is damaged, or a method is unknown.
+    """
+    settings = parameters.settings()
+    wanted = {settings.quality.extractor, settings.quality.perceptual} - {"tiny"}
+    if settings.downstream.classifier.pretrained:
+        wanted.add("resnet34")
+    for name in sorted(wanted):
+        files.locate(name)
+    backbone.digest(settings.backbone)  # notebooks 02 to 04 look at it, whatever the methods
+
+
+def results(parameters: Parameters, categories: Sequence[str]) -> pd.DataFrame:
+    """The results so far of these categories, for the methods and seeds asked for; ``shots_only`` is always among them.
+
+    A notebook asks for its own category, so that what it shows does not depend on which others are already done.
+    """
+    settings, folder = parameters.settings(), parameters.dataset_folder()
+    found = runs.collect(folder.parents[1], parameters.profile_name, parameters.dataset)
+    methods = parameters.methods or list(settings.methods)
+    asked = (
+        (found["split"] == settings.data.split)
+        & found["category"].isin(categories)
+        & found["method"].isin([SHOTS_ONLY, *methods, *settings.variants_of(methods)])
+        & found["seed"].isin(parameters.seeds or settings.seeds)
+    )
+    return found[asked].reset_index(drop=True)

@@ -1,0 +1,98 @@
+import dataclasses
+import json
+import shutil
+
+import pytest
+
+from defectlib import params, paths, stages, study
+
+
+def test_a_variant_has_a_fit_of_its_own_where_the_fit_differs(tiny_parameters):
+    s = study.open_category(tiny_parameters)
+    variants = s.settings.variants | {"defectsynth_longer": params.Variant(of="defectsynth", config={"steps": 3})}
+    s = dataclasses.replace(s, settings=s.settings.model_copy(update={"variants": variants}))
+    assert s.fitted_as("defectsynth_no_sae") == "defectsynth" and not s.config("defectsynth_no_sae").sae
+    assert s.fitted_as("defectsynth_longer") == "defectsynth_longer"
+    released = s.config("defectsynth_as_released")
+    assert (released.eta, released.sae_form) == (1.0, "released")
+    assert released.num_inference_steps == 2, "what the profile sets stays"
+    assert s.mask_source_name("defectsynth_perlin") == "perlin" and s.mask_source_name("defectsynth_no_sae") == "hmi"
+
+
+def test_weights_are_asked_for_before_any_work(tiny_parameters, tmp_path, monkeypatch):
+    study.require_weights(tiny_parameters)
+    monkeypatch.setattr(paths, "WEIGHTS", tmp_path)
+    monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="get them by: python -m defectlib.metrics.files inception"):
+        study.require_weights(tiny_parameters.model_copy(update={"profile": "paper"}))
+    monkeypatch.setattr("defectlib.backbone.folder_of", lambda name: tmp_path / name)
+    with pytest.raises(FileNotFoundError, match="train it by `make backbone`"):
+        study.require_weights(tiny_parameters.model_copy(update={"methods": ["defectsynth"]}))
+
+
+def test_no_test_image_is_a_shot(tiny_parameters):
+    s = study.open_category(tiny_parameters)
+    shots = {(shot.defect, shot.id) for shot in s.shots()}
+    held_out = {(defect, name) for _, _, defect, name in s.held_out()}
+    assert shots and held_out and not shots & held_out
+
+
+def test_damaged_data_stop_a_study_before_any_work(tiny_parameters, tiny_mini, tmp_path):
+    root = tmp_path / "copy"
+    shutil.copytree(tiny_mini, root)
+    victim = next(root.glob("*/test/*/000.png"))
+    victim.write_bytes(victim.read_bytes()[:200])
+    with pytest.raises(ValueError, match=r"would spoil a run: .*000\.png.*python -m defectlib audit"):
+        study.open_category(tiny_parameters.model_copy(update={"data_root": str(root)}))
+    assert not (tmp_path / "runs" / "smoke" / "mini" / "split_p0.csv").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"category": "spoon"}, "no category 'spoon' with shots; it has: "),
+        ({"defects": ["melted"]}, "has no defect melted with shots; it has: "),
+        ({"methods": ["cut_paste"]}, "no method 'cut_paste'"),
+    ],
+)
+def test_unknown_names_list_the_known(tiny_parameters, change, message):
+    with pytest.raises(ValueError, match=message):
+        study.open_category(tiny_parameters.model_copy(update=change))
+
+
+def test_a_missing_data_root_says_how_to_get_it(tiny_parameters):
+    asked = tiny_parameters.model_copy(update={"dataset": "mvtec_ad", "data_root": "nowhere"})
+    with pytest.raises(FileNotFoundError, match="nowhere is not a folder.*mvtec.com"):
+        study.open_category(asked)
+
+
+def test_notebooks_draw_beside_the_runs(tiny_parameters):
+    own = tiny_parameters.model_copy(update={"profile": "demo", "data_root": None, "runs_root": None})
+    assert own.figures_folder() == paths.RUNS / "demo" / "mini" / "figures"
+    assert own.model_copy(update={"figures_root": "x"}).figures_folder().as_posix() == "x"
+
+
+def test_results_are_those_that_are_asked_for(tiny_parameters):
+    first, second = (f"c{i}" for i in range(2))
+    s = study.open_category(tiny_parameters)
+    record = stages.fit(s, "crop_paste", 0)
+    for category, method, seed in ((first, "crop_paste", 0), (second, "crop_paste", 0), (first, "crop_paste", 7),
+                                   (first, "other", 0), (first, study.SHOTS_ONLY, 0)):  # fmt: skip
+        folder = tiny_parameters.dataset_folder() / category / method / f"s{seed}"
+        paths.write_text(
+            folder / "fit.json", json.dumps(record | {"category": category, "method": method, "seed": seed})
+        )
+
+    def runs_of(categories, **more):
+        found = study.results(tiny_parameters.model_copy(update=more), categories)
+        return sorted(zip(found["category"], found["method"], found["seed"]))
+
+    assert runs_of([first]) == [("c0", "crop_paste", 0), ("c0", "shots_only", 0)]
+    assert ("c1", "crop_paste", 0) in runs_of([first, second])
+    assert runs_of([first], seeds=[7]) == [("c0", "crop_paste", 7)]
+
+
+def test_random_thirds_has_a_partition_a_seed(tiny_parameters):
+    s = study.open_category(tiny_parameters.model_copy(update={"split": "random_thirds"}))
+    sides = [s.manifest(seed).set_index(["defect", "id"])["side"] for seed in (0, 1)]
+    assert not sides[0].sort_index().equals(sides[1].sort_index())
