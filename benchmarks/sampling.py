@@ -24,6 +24,7 @@ from training_step import stable_diffusion
 
 from defectlib import backbone
 from defectlib.backbone import Backbone
+from defectlib.control import new_controlnet
 from defectlib.diffusion import noise_like
 from defectlib.methods.defectsynth import DefectSynth, DefectSynthConfig
 from defectlib.types import Request, Shot
@@ -52,7 +53,7 @@ def requests(seed: int, size: int) -> list[Request]:
 
 def controlnet(method: DefectSynth) -> ControlNetModel:
     """A ControlNet whose residuals are not zero, as they are before training: else the check would not see it."""
-    net = method._new_controlnet(0)
+    net = new_controlnet(method.backbone, 0)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         for layer in (*net.controlnet_down_blocks, net.controlnet_mid_block, net.controlnet_cond_embedding.conv_out):

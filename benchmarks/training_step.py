@@ -25,9 +25,8 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from defectlib import backbone
 from defectlib.backbone import Backbone, tokenize
-from defectlib.control import noise_loss
+from defectlib.control import denoising_loss, new_controlnet
 from defectlib.diffusion import sd_scheduler
-from defectlib.methods.defectsynth import DefectSynth, DefectSynthConfig
 from defectlib.pretrain import parts
 from defectlib.training import FitSettings, fit
 
@@ -76,7 +75,7 @@ def clock(device: torch.device) -> float:
 
 def steps(base: Backbone, size: int, rounds: int, *, reference: bool = True) -> dict[str, float]:
     """Median seconds of a step: ours, and with ``reference`` in turn one that encodes; and the losses' difference."""
-    net = DefectSynth(DefectSynthConfig(), base)._new_controlnet(0)
+    net = new_controlnet(base, 0)
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(ITEMS, 3, size, size, generator=generator) * 2 - 1
     hints = (torch.rand(ITEMS, 1, size, size, generator=generator) > 0.9).float().expand(-1, 3, -1, -1).to(base.device)
@@ -84,13 +83,13 @@ def steps(base: Backbone, size: int, rounds: int, *, reference: bool = True) -> 
     weights = torch.ones(ITEMS, 1, *latents.shape[2:], device=base.device)
 
     def cached(items: Tensor, generator: torch.Generator) -> Tensor:
-        return noise_loss(net, base, latents[items], text[items], hints[items], weights[items], generator)
+        return denoising_loss(net, base, latents[items], text[items], hints[items], weights[items], generator)
 
     def encoding(items: Tensor, generator: torch.Generator) -> Tensor:
         with torch.no_grad():
             ids = tokenize(base.tokenizer, [PROMPTS[i] for i in items]).to(base.device)
             embedded, encoded = base.text_encoder(ids)[0], base.encode(images[items])
-        return noise_loss(net, base, encoded, embedded, hints[items], weights[items], generator)
+        return denoising_loss(net, base, encoded, embedded, hints[items], weights[items], generator)
 
     forms = [cached, encoding] if reference else [cached]
     with torch.no_grad():

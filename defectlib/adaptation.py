@@ -46,7 +46,7 @@ def _merged(base: Backbone, unet: UNet2DConditionModel) -> Backbone:
 def adapt(
     base: Backbone, images: Tensor, prompt: str, settings: FitSettings, *, rank: int, seed: int, folder: Path
 ) -> tuple[Backbone, Adapter, list[tuple[int, float]]]:
-    """Train LoRA on defect-free images by eps-MSE; the base model itself is left alone.
+    """Train LoRA on defect-free images by the base's own loss; the base model itself is left alone.
 
     Args:
         base: The model to start from.
@@ -73,9 +73,9 @@ def adapt(
     latents, text = base.encode(images), base.embed([prompt])
 
     def loss(items: Tensor, generator: torch.Generator) -> Tensor:
-        noisy, timesteps, noise = diffusion.noised(latents[items], base.scheduler, generator)
+        noisy, timesteps, target = diffusion.noised(latents[items], base.scheduler, generator)
         predicted = unet(noisy, timesteps, text.expand(len(items), -1, -1)).sample
-        return (predicted.float() - noise).square().mean()
+        return (predicted.float() - target).square().mean()
 
     curve = fit(unet, loss, len(latents), settings, seed=seed, folder=folder)
     adapter = {name: value.detach().cpu().clone() for name, value in get_peft_model_state_dict(unet).items()}

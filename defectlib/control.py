@@ -28,7 +28,7 @@ def new_controlnet(base: Backbone, seed: int) -> ControlNetModel:
     return net.to(base.device)
 
 
-def noise_loss(
+def denoising_loss(
     net: ControlNetModel,
     base: Backbone,
     latents: Tensor,
@@ -37,7 +37,9 @@ def noise_loss(
     weights: Tensor,
     generator: torch.Generator,
 ) -> Tensor:
-    """What a training step minimises: the noise-prediction error of the frozen base with the ControlNet's residuals.
+    """What a training step minimises: the error of the frozen base's prediction with the ControlNet's residuals.
+
+    The base predicts noise, as the paper has it, or velocity, as its scheduler says.
 
     Args:
         net: What is trained; the gradients reach it through the base's decoder.
@@ -51,12 +53,12 @@ def noise_loss(
     Returns:
         The weighted mean square, a scalar.
     """
-    noisy, timesteps, noise = noised(latents, base.scheduler, generator)
+    noisy, timesteps, target = noised(latents, base.scheduler, generator)
     residuals, middle = net(noisy, timesteps, text, hints, return_dict=False)
     predicted = base.unet(
         noisy, timesteps, text, down_block_additional_residuals=residuals, mid_block_additional_residual=middle
     ).sample
-    return (weights * (predicted.float() - noise).square()).mean()
+    return (weights * (predicted.float() - target).square()).mean()
 
 
 @contextmanager

@@ -44,12 +44,15 @@ def noised(clean: Tensor, scheduler: DDIMScheduler, generator: torch.Generator) 
         generator: On the CPU: timesteps first, then noise, so that a device changes neither.
 
     Returns:
-        x_t and the noise (N, C, H, W), the target of eps-prediction, with the timesteps (N,) between them.
+        x_t and what the model is to predict (N, C, H, W), with the timesteps (N,) between them: the noise, or where the
+        scheduler is of v-prediction sqrt(a) eps - sqrt(1 - a) x_0, as diffusers' schedulers take it.
     """
     timesteps = torch.randint(scheduler.config.num_train_timesteps, (len(clean),), generator=generator)
     noise = torch.randn(clean.shape, generator=generator).to(clean.device)
     timesteps = timesteps.to(clean.device)
-    return scheduler.add_noise(clean, noise, timesteps), timesteps, noise
+    velocity = scheduler.config.prediction_type == "v_prediction"
+    target = scheduler.get_velocity(clean, noise, timesteps) if velocity else noise
+    return scheduler.add_noise(clean, noise, timesteps), timesteps, target
 
 
 def posterior(noisy: Tensor, alpha_bar: Tensor, data: Tensor) -> Tensor:
@@ -77,7 +80,7 @@ def empirical_x0(noisy: Tensor, alpha_bar: Tensor, data: Tensor) -> Tensor:
 
 
 def denoise(
-    predict_noise: Callable[[Tensor, Tensor], Tensor],
+    predict: Callable[[Tensor, Tensor], Tensor],
     latents: Tensor,
     scheduler: DDIMScheduler,
     num_inference_steps: int,
@@ -89,7 +92,7 @@ def denoise(
     """DDIM: the one loop that every method's sampling goes through; deterministic at eta = 0.
 
     Args:
-        predict_noise: eps(x_t, t); t is a scalar timestep.
+        predict: The model: what ``scheduler`` takes it to predict (eps, or v) from (x_t, t); t is a scalar timestep.
         latents: x_T, (N, C, H, W).
         scheduler: Any DDIM scheduler; its own noise schedule is kept.
         num_inference_steps: Steps K.
@@ -109,7 +112,7 @@ def denoise(
         fresh = None
         if eta > 0:
             fresh = torch.stack([torch.randn(latents.shape[1:], generator=g) for g in generators]).to(latents)
-        step = scheduler.step(predict_noise(latents, timestep), timestep, latents, eta=eta, variance_noise=fresh)
+        step = scheduler.step(predict(latents, timestep), timestep, latents, eta=eta, variance_noise=fresh)
         latents = step.prev_sample
         for hook in hooks:
             latents = hook((i + 1) / num_inference_steps, latents, step.pred_original_sample)
@@ -117,19 +120,23 @@ def denoise(
 
 
 def invert(
-    predict_noise: Callable[[Tensor, Tensor], Tensor],
+    predict: Callable[[Tensor, Tensor], Tensor],
     latents: Tensor,
     scheduler: DDIMScheduler,
     num_inference_steps: int,
 ) -> Tensor:
     """DDIM inversion: the noise (N, C, H, W) from which :func:`denoise` comes back to these latents.
 
-    The predictor is asked one step behind where :func:`denoise` will ask it, so the way back is close, not exact.
+    The predictor is shown latents one step behind those that :func:`denoise` will show it, so the way back is close,
+    not exact. It is told the timestep of the way back, as diffusers' inverse scheduler means it; a velocity, which
+    means another thing at every timestep, is asked for at the latents' own.
     """
     inverse = DDIMInverseScheduler.from_config(scheduler.config)
     inverse.set_timesteps(num_inference_steps)
+    velocity = scheduler.config.prediction_type == "v_prediction"
+    behind = scheduler.config.num_train_timesteps // num_inference_steps if velocity else 0
     for timestep in inverse.timesteps:
-        latents = inverse.step(predict_noise(latents, timestep), timestep, latents).prev_sample
+        latents = inverse.step(predict(latents, (timestep - behind).clamp(min=0)), timestep, latents).prev_sample
     return latents
 
 
@@ -155,7 +162,7 @@ def reach(timestep: int, side: int, dilation: float) -> int:
 
 
 def prompted(base: Backbone, prompts: Sequence[str], scale: float = 1.0) -> Callable[[Tensor, Tensor], Tensor]:
-    """eps(x_t, t) of a base model for N latents' prompts, or one for all of them.
+    """What a base model predicts from (x_t, t) for N latents' prompts, or one prompt for all of them.
 
     A ``scale`` above 1 is classifier-free guidance (Ho and Salimans, 2022).
     """

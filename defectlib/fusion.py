@@ -19,6 +19,7 @@ def fuse(
     *,
     rate: float = 0.2,
     base_weight: float = 0.7,
+    reference_weight: float | None = None,
     masks: Tensor | None = None,
     neighbours: Literal["sequential", "simultaneous"] = "sequential",
     similarity: Literal["dot", "cosine"] = "dot",
@@ -31,15 +32,17 @@ def fuse(
     released references have 0.3 each, which sums to 1.6 in a group of four). At the default size of its batch, two, the
     released code compares the base with itself, and nothing changes.
 
-    The released form is ``neighbours="simultaneous", similarity="cosine"`` with ``masks``. Limiting it to the mask is
-    not part of Equation 9. A dot product favours long vectors: the match of a feature in an equal sample need not be
-    itself, and fusion pulls towards the extremes of the latents; by cosine, equal samples are left as they are.
+    The released form is ``neighbours="simultaneous"``, ``similarity="cosine"`` and ``reference_weight=0.3``, with
+    ``masks``. Limiting it to the mask is not part of Equation 9. A dot product favours long vectors: the match of a
+    feature in an equal sample need not be itself, and fusion pulls towards the extremes of the latents; by cosine,
+    equal samples are left as they are.
 
     Args:
         latents: z_0 of one group, (B, C, H, W).
         generator: A CPU generator, seeded by the group. The draws depend on it, B and H * W alone.
         rate: Share of the positions to draw, in [0, 1].
-        base_weight: w_i in [0, 1]; the other B - 1 samples share the rest equally.
+        base_weight: w_i in [0, 1].
+        reference_weight: w_j of each of the other B - 1 samples; None: they share equally what the base leaves.
         masks: Where a base sample may be written, bool (B, 1, H, W); None for everywhere. The draws are the same, and
             only those inside are matched.
         neighbours: "sequential", the paper's loop: sample i is matched against samples that are already fused where
@@ -73,7 +76,8 @@ def fuse(
             chosen = chosen[masks[i].flatten()[chosen]]
         others = torch.cat([source[:i], source[i + 1 :]])
         matched = _best_match(fused[i, chosen], others, similarity)
-        fused[i, chosen] = base_weight * fused[i, chosen] + (1 - base_weight) * matched.mean(0)
+        lent = (1 - base_weight) * matched.mean(0) if reference_weight is None else reference_weight * matched.sum(0)
+        fused[i, chosen] = base_weight * fused[i, chosen] + lent
     return fused.transpose(1, 2).reshape(latents.shape).to(latents.dtype)
 
 

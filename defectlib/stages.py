@@ -6,8 +6,10 @@ and says the same.
 
 from __future__ import annotations
 
+import functools
 import os
 import time
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -57,7 +59,8 @@ def sample(s: Study, method: str, seed: int) -> dict[str, Any]:
         return record
     with runs.stage(folder, "sample", key, s.identity(method, seed), values, {"fit": upstream["key"]}) as metrics:
         fitted, shots = s.load(method, seed), s.shots(seed)
-        source = None if fitted.makes_masks else s.mask_source(method)
+        refused: Counter[str] = Counter()
+        source = None if fitted.makes_masks else functools.partial(s.mask_source(method), refused=refused)
         requests = sampling.plan(
             shots, s.normals(seed), s.settings.sample.n_per_defect, source, seed, s.prompts(),
             s.all_defects, s.settings.sample.group_size,
@@ -76,6 +79,9 @@ def sample(s: Study, method: str, seed: int) -> dict[str, Any]:
                 metrics.append(
                     {"metric": "mask_iou", "value": float(np.mean([mask_iou(m, real) for m in drawn])), **share}
                 )
+        if source is not None:
+            reasons = {"n_generated": len(report), "reasons": dict(refused)}
+            metrics.append({"metric": "masks_refused", "value": float(refused.total()), "protocol": reasons})
         # After a restart part of the drawing was done by an earlier process: its speed is not known.
         protocol = {"n_generated": len(report), "image_size": s.size}
         speed = {"pairs_per_second": len(report) / seconds, "seconds_per_image": seconds / len(report)}

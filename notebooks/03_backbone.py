@@ -18,9 +18,9 @@
 #
 # All four systems adapt a text-to-image model that is already there. The paper profile takes Stable Diffusion 1.5; the
 # others take `tiny`, which ships with the package: the same classes, the same folder layout, and small enough for two
-# cores; its own noise schedule (below) says how far noise goes. This notebook shows the parts the systems share (autoencoder, noise, denoising loop,
-# inversion, cross-attention), how `tiny` was made, and what it knows. The maps of attention are those of DualAnoDiff's
-# **Fig. 3**.
+# cores; its noise schedule and what it predicts differ (below). This notebook shows the parts the systems share
+# (autoencoder, noise, denoising loop, inversion, cross-attention), how `tiny` was made, and what it knows. The maps of
+# attention are those of DualAnoDiff's **Fig. 3**.
 #
 # The unit of this notebook is a data set: it looks at one category's images.
 
@@ -62,15 +62,15 @@ shots, shape = s.shots(), base.latent_shape(s.size)
 # %% [markdown]
 # ## The parts
 #
-# An **autoencoder** (VAE) turns an image into a small grid of latents and back; a **UNet** predicts the noise in noisy
-# latents; a **text encoder** turns a prompt into the sequence that the UNet's cross-attention reads. All of them stay
-# frozen in what follows.
+# An **autoencoder** (VAE) turns an image into a small grid of latents and back; a **UNet** predicts, from noisy latents,
+# what is noise in them; a **text encoder** turns a prompt into the sequence that the UNet's cross-attention reads. All of
+# them stay frozen in what follows.
 
 # %%
 size = " x ".join(map(str, shape))
 does = {
     "vae": f"3 x {s.size} x {s.size} px to {size} latents and back",
-    "unet": f"noise in {size} latents",
+    "unet": f"what is noise in {size} latents",
     "text_encoder": f"a prompt to {' x '.join(map(str, base.embed(['']).shape[1:]))} numbers",
 }
 table = pd.DataFrame(
@@ -88,10 +88,9 @@ table.round(2)
 # 1. **The autoencoder** on pictures of a generated world (`defectlib/data/world.py`: surfaces, simple objects, marks on
 #    them, silhouettes). A *warm* start first ties the latents to the leading principal components of small blocks of
 #    pixels, then encoder and decoder learn together: L1, and a weak pull of the latents towards the normal distribution.
-# 2. **UNet and text encoder** together on the latents, by the loss of diffusion: predict the noise that was added, at a
-#    timestep drawn uniformly. In one item of ten the prompt is left out, so that guidance is possible later. The *warm*
-#    start is the plain loss under Stable Diffusion's noise schedule; the rest is under the model's own, which ends in
-#    noise, with errors weighted so that what decides the tones, early in drawing, counts (`pretrain/recipe.py` says how).
+# 2. **UNet and text encoder** together on the latents, by the loss of diffusion, at timesteps drawn uniformly. In one item
+#    of ten the prompt is left out, so that guidance is possible later. The *warm* start predicts the noise that was added,
+#    under Stable Diffusion's schedule; the rest has the model's own schedule and target (see below).
 #
 # The world holds no picture of `mini`. These are the settings of the recipe:
 
@@ -154,6 +153,8 @@ kept.round(2).to_frame()
 # linear"; a frozen network cannot follow another one, so the base's own schedule is used here. That of `tiny` is DDPM's
 # linear one, which goes further into noise: Stable Diffusion's last step keeps 7 % of the signal, which on so few cells
 # is enough to see an image's mean tone, and a model trained on it takes its colours from the noise that it starts from.
+# For the same reason `tiny` predicts not the noise $\epsilon$ but the velocity
+# $v = \sqrt{\bar\alpha_t}\, \epsilon - \sqrt{1 - \bar\alpha_t}\, z_0$; the scheduler's configuration says which of them it is.
 
 # %%
 steps = torch.arange(0, 1000, 20)
@@ -176,15 +177,13 @@ figure
 
 
 # %%
-def x0(noisy, noise, t):
-    return (noisy - (1 - alpha_bar[t]).sqrt() * noise) / alpha_bar[t].sqrt()
-
-
 shot, asked = few[0], s.prompts()[few[0].defect]
 levels = [260, 700]
 noise = diffusion.noise_like([0], shape).to(base.device)
 noised = [base.scheduler.add_noise(latents[:1], noise, torch.tensor([t])) for t in levels]
-guesses = [x0(z, diffusion.prompted(base, [asked])(z, torch.tensor(t)), t) for z, t in zip(noised, levels)]
+predict = diffusion.prompted(base, [asked])
+base.scheduler.set_timesteps(50)
+guesses = [base.scheduler.step(predict(z, torch.tensor(t)), t, z).pred_original_sample for z, t in zip(noised, levels)]
 figure = figures.sheet(
     [[base.decode(z)[0] for z in row] for row in (noised, guesses)],
     row_labels=["noised", "one guess"], column_labels=[f"t = {t}" for t in levels],

@@ -115,9 +115,9 @@ parts.style.format({"parameters": "{:,}"}).hide()
 # ## The loss on the way
 #
 # The mean over the last ten points of a curve, for every fit that learns; a point is the mean since the one before it. The
-# loss is the squared error of the predicted noise at random timesteps, some of which are far harder than others, so a curve
-# is rough, and a flat one does not say that what is drawn has stopped changing. Where the configuration gives the mask a
-# weight, the loss is larger by it: levels are comparable within a method only.
+# loss is the squared error of what the base model predicts, noise or velocity, at random timesteps, some of which are far
+# harder than others, so a curve is rough, and a flat one does not say that what is drawn has stopped changing. Where the
+# configuration gives the mask a weight, the loss is larger by it: levels are comparable within a method only.
 
 # %%
 points = [

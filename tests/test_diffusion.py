@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from defectlib import diffusion
+from defectlib.pretrain import parts
 
 SCHEDULER = diffusion.sd_scheduler()
 ALPHA = SCHEDULER.alphas_cumprod
@@ -104,3 +105,16 @@ def test_dilation_by_hand():
     # The released schedule: floor((t + 100) * 8 / 1000) cells of 64.
     assert [diffusion.reach(t, 64, 0.125) for t in (951, 400, 100, 20, 0)] == [8, 4, 1, 0, 0]
     assert [diffusion.reach(t, 16, 0.125) for t in (951, 400, 100)] == [2, 1, 0]
+
+
+def test_velocity_is_asked_for_where_the_scheduler_is_of_it():
+    """v = sqrt(a) eps - sqrt(1 - a) x_0, from which one step of DDIM has x_0 back."""
+    clean, scheduler = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(1)), parts.new_scheduler()
+    noisy, timesteps, velocity = diffusion.noised(clean, scheduler, torch.Generator().manual_seed(0))
+    a = scheduler.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
+    eps = (noisy - a.sqrt() * clean) / (1 - a).sqrt()
+    assert torch.allclose(velocity, a.sqrt() * eps - (1 - a).sqrt() * clean, atol=1e-3)
+    scheduler.set_timesteps(50)
+    step = scheduler.step(velocity[:1], int(timesteps[0]), noisy[:1])
+    assert torch.allclose(step.pred_original_sample, clean[:1], atol=1e-3)
+    assert scheduler.alphas_cumprod[-1].sqrt() < 0.01 < 0.06 < ALPHA[-1].sqrt(), "all but noise at the end"

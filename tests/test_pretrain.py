@@ -74,4 +74,7 @@ def test_the_recipe_from_end_to_end(tmp_path, monkeypatch, capsys):
     assert all(f"| `{file}` | `{paths.sha256(out / file)}` |" in page for file in backbone.WEIGHT_FILES)
     assert page in capsys.readouterr().out and set(json.loads((out / "curves.json").read_text())) == {"vae", "unet"}
     assert card.draw(base, ["a stain on grey"], [0], steps=2).shape == (1, 3, 64, 64)
+    monkeypatch.setattr(recipe, "UNET_FIT", quick.model_copy(update={"steps": 3}))
+    with pytest.raises(ValueError, match=r"unet-fit\.safetensors was trained with other settings: delete .*work"):
+        __main__.main()
     assert 0.1 < base.encode(PICTURES[:8]).std() < 10, "the scaling factor brings latents near unit variance"

@@ -286,7 +286,13 @@ def redraw(
     raise ValueError(f"none of {attempts} masks drawn for {defect} could be used: {listed}")
 
 
-def hmi_image(rng: np.random.Generator, shots: Sequence[Shot], normal: Tensor, form: Form = "transport") -> Tensor:
+def hmi_image(
+    rng: np.random.Generator,
+    shots: Sequence[Shot],
+    normal: Tensor,
+    refused: Counter[str] | None = None,
+    form: Form = "transport",
+) -> Tensor:
     """A mask between two random shots' masks at a random weight: the image branch of Hybrid Mask Interpolation.
 
     A frame that is not kept, or has a flaw, is drawn again from another pair, at most :data:`ATTEMPTS` times.
@@ -295,6 +301,7 @@ def hmi_image(rng: np.random.Generator, shots: Sequence[Shot], normal: Tensor, f
         rng: Source of pair and weight.
         shots: The shots of one defect, at least two.
         normal: float32 (3, H, W), of the shots' size; the mask, bool (1, H, W), is cut to its foreground.
+        refused: Why draws were refused is counted here.
         form: As in :func:`interpolate`.
 
     Raises:
@@ -315,5 +322,7 @@ def hmi_image(rng: np.random.Generator, shots: Sequence[Shot], normal: Tensor, f
         frames = interpolate(shots[i].mask, shots[j].mask, alpha, form)
         return "not kept between its endpoints" if frames.refused[0] else settled(frames.masks[0], allowed)
 
-    mask, _ = redraw(draw, rng, lambda drawn: flaws(drawn, allowed, (min(areas), max(areas))), defect)
+    mask, counts = redraw(draw, rng, lambda drawn: flaws(drawn, allowed, (min(areas), max(areas))), defect)
+    if refused is not None:
+        refused.update(counts)
     return mask & allowed

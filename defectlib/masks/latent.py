@@ -7,6 +7,7 @@ replaced by a mask from image space. The model is handed in as a :class:`Space`:
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -70,10 +71,12 @@ def interpolate(
     return Frames(masks, alphas, tuple(refused))
 
 
-def hmi_latent(space: Space) -> Callable[[np.random.Generator, Sequence[Shot], Tensor], Tensor]:
+def hmi_latent(space: Space) -> Callable[..., Tensor]:
     """The mask source that interpolates two random shots' masks in latent space, whatever their area."""
 
-    def source(rng: np.random.Generator, shots: Sequence[Shot], normal: Tensor) -> Tensor:
+    def source(
+        rng: np.random.Generator, shots: Sequence[Shot], normal: Tensor, refused: Counter[str] | None = None
+    ) -> Tensor:
         defect = f"{shots[0].category}/{shots[0].defect}"
         if len(shots) < 2:
             raise ValueError(f"interpolation needs two masks of {defect} and there is one: give a second shot")
@@ -84,18 +87,22 @@ def hmi_latent(space: Space) -> Callable[[np.random.Generator, Sequence[Shot], T
             frames = interpolate(shots[i].mask, shots[j].mask, space, [generator.choice(weights())])
             return frames.refused[0] or settled(frames.masks[0], allowed)
 
-        mask, _ = redraw(draw, rng, lambda drawn: flaws(drawn, allowed, (min(areas), max(areas))), defect)
+        mask, counts = redraw(draw, rng, lambda drawn: flaws(drawn, allowed, (min(areas), max(areas))), defect)
+        if refused is not None:
+            refused.update(counts)
         return mask & allowed
 
     return source
 
 
-def hmi(space: Space) -> Callable[[np.random.Generator, Sequence[Shot], Tensor], Tensor]:
+def hmi(space: Space) -> Callable[..., Tensor]:
     """Hybrid Mask Interpolation: latent space where the mean area ratio reaches tau = 0.053, else image space."""
     latent = hmi_latent(space)
 
-    def source(rng: np.random.Generator, shots: Sequence[Shot], normal: Tensor) -> Tensor:
+    def source(
+        rng: np.random.Generator, shots: Sequence[Shot], normal: Tensor, refused: Counter[str] | None = None
+    ) -> Tensor:
         chosen = latent if branch([shot.mask for shot in shots]) == "latent" else hmi_image
-        return chosen(rng, shots, normal)
+        return chosen(rng, shots, normal, refused)
 
     return source

@@ -1,10 +1,12 @@
 """Where the masks of requests come from: functions of (generator, shots of one defect, normal) -> bool (1, H, W).
 
+Each takes a counter ``refused``, to which it adds why a drawn mask was thrown away and another one drawn.
 A table over mask strategies changes one argument of :func:`defectlib.sampling.plan`.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -16,7 +18,9 @@ from defectlib.types import Shot
 ATTEMPTS = 8
 
 
-def affine(rng: np.random.Generator, shots: Sequence[Shot], normal: Tensor) -> Tensor:
+def affine(
+    rng: np.random.Generator, shots: Sequence[Shot], normal: Tensor, refused: Counter[str] | None = None
+) -> Tensor:
     """A real mask flipped, turned and scaled, placed inside the normal's foreground (AdaBLDM's synthetic masks).
 
     A mask that fits nowhere whole is drawn again, at most eight times; the last one is then centred on the foreground
@@ -28,14 +32,18 @@ def affine(rng: np.random.Generator, shots: Sequence[Shot], normal: Tensor) -> T
         corner = random.place(patch, allowed, rng)
         if corner is not None:
             return random.at(patch, corner, allowed.shape[1:])
+        if refused is not None:
+            refused["fits nowhere whole"] += 1
     return random.at(patch, random.centred(patch, allowed), allowed.shape[1:]) & allowed
 
 
-def perlin(rng: np.random.Generator, shots: Sequence[Shot], normal: Tensor) -> Tensor:
+def perlin(
+    rng: np.random.Generator, shots: Sequence[Shot], normal: Tensor, refused: Counter[str] | None = None
+) -> Tensor:
     """Perlin noise inside the normal's foreground, with areas in the range of the real masks (Table VI's baseline)."""
     areas = [shot.mask.float().mean().item() for shot in shots]
     return random.perlin(rng, normal.shape[1], (min(areas), max(areas)), allowed=trimap.foreground(normal))
 
 
-MaskSource = Callable[[np.random.Generator, Sequence[Shot], Tensor], Tensor]
+MaskSource = Callable[..., Tensor]
 SOURCES: dict[str, MaskSource] = {"affine": affine, "perlin": perlin, "hmi_image": interpolation.hmi_image}

@@ -1,7 +1,7 @@
 """DefectSynth, stage 2 (paper 001; TASE 2026): a ControlNet tells a frozen latent diffusion model where the defect is.
 
-Trained on (mask, prompt, real defect image) with the plain noise-prediction loss; drawn on a normal image by
-deterministic DDIM, with the normal's noised latents outside the mask. Two ideas of the paper are added while drawing:
+Trained on (mask, prompt, real defect image) with the base model's own loss; drawn on a normal image by deterministic
+DDIM, with the normal's noised latents outside the mask. Two ideas of the paper are added while drawing:
 Selective Attention Enhancement (Equations 5-8, ``attention``) and Similarity-Based Feature Fusion (Equation 9,
 ``fusion``). Masks come from ``masks`` (stage 1).
 
@@ -11,9 +11,10 @@ Where the released code (INDTLab/DefectSynth c7bed91) differs, :meth:`DefectSynt
 what                 here, as in the paper           released
 ===================  ==============================  ==========================================
 sampler              20 steps, eta 0                 50 steps, eta 1
+blending mask        up to 1/8 of the side wider      up to 1/4
 SAE weights          Equation 7                      min-max of the difference + 1
-SFF                  weights sum to one              cosine, from the old latents; a no-op at its batch of 2
-colours              as decoded                      histogram matched to the normal image
+SFF                  dot product, weights sum to 1    cosine, 0.7 + 0.3 each other sample; a no-op in a group of 2
+colours              as decoded                      one histogram over all channels, the normal image's
 value range          [-1, 1] throughout              trained in [-1, 1], sampled from images in [0, 1] (not copied)
 ===================  ==============================  ==========================================
 
@@ -40,13 +41,17 @@ from defectlib import paths
 from defectlib.adaptation import Adapter, adapt, restore
 from defectlib.attention import AttentionWeights, reweighted, selective_weights
 from defectlib.backbone import Backbone
-from defectlib.control import embedded_once, new_controlnet, noise_loss
+from defectlib.control import denoising_loss, embedded_once, new_controlnet
 from defectlib.diffusion import denoise, dilated, noise_like, reach, to_latents
 from defectlib.fusion import fuse
 from defectlib.masks import alignment
 from defectlib.methods.base import MethodConfig, load_shots, register, save_shots
 from defectlib.training import FitSettings, fit
 from defectlib.types import Request, Sample, Shot
+
+# Keeps the positions that a group's fusion draws apart from the noise of its first sample, whose seed names the group.
+POSITIONS = 0xF05E
+RELEASED_REFERENCE = 0.3
 
 
 class DefectSynthConfig(MethodConfig):
@@ -60,7 +65,7 @@ class DefectSynthConfig(MethodConfig):
         adapt_steps: Steps by which the base model is first adapted to the normal images (see ``adaptation``); the paper
             has none.
         dilation: Reach of the blending mask beyond the mask at t = T, as a share of the latents' side; it falls to
-            none at t = 0. 8 cells of 64 are the released code's.
+            none at t = 0. The paper gives none; 8 cells of 64 are the released code's at 20 steps, 16 at its own 50.
         guidance_scale: 1 is no classifier-free guidance, as released.
         batch_size: Requests a call of the model; short batches are padded, so that a sample depends on itself alone.
         sae_softmax: Equation 7's softmax over the mask's pixels, or over all as printed.
@@ -109,7 +114,7 @@ class DefectSynthConfig(MethodConfig):
         """The released code's values, where they differ from the paper's."""
         released = {
             "num_inference_steps": 50, "eta": 1.0, "sae_form": "released", "sff_form": "released",
-            "sff_within": "mask", "match_colours": True, "batch_size": 2,
+            "sff_within": "mask", "match_colours": True, "dilation": 0.25, "batch_size": 2,
         }  # fmt: skip
         return cls(**released | changes)
 
@@ -125,9 +130,10 @@ class DefectSynthConfig(MethodConfig):
 class DefectSynth:
     """See the module's docstring.
 
-    ``preserves_background`` is False: outside the mask the latents end as the normal's own (unless ``sff_within`` is
-    "image"), so the pixels there are the VAE's reconstruction of the normal image, up to the little that the decoder's
-    group norms carry over from the defect.
+    ``preserves_background`` is False: outside the cells that the mask touches, the latents end as the normal's own
+    (unless ``sff_within`` is "image"), so the pixels there are the VAE's reconstruction of the normal image. What is
+    drawn may reach one cell beyond the mask, 4 px for ``tiny`` and 8 for Stable Diffusion, and the decoder carries some
+    of it further: its convolutions to neighbours, its group norms and, in Stable Diffusion, its attention to all.
     """
 
     Config = DefectSynthConfig
@@ -160,7 +166,9 @@ class DefectSynth:
             raise ValueError(
                 f"there is no prompt for the defect {lacking[0]}: name it in the category's parameter file"
             )
-        config, self.shots = self.config, list(shots)
+        config, self.shots, self._latents = self.config, list(shots), {}
+        if config.gradient_checkpointing:  # gradients pass through the frozen decoder too
+            self.base.unet.enable_gradient_checkpointing()
         if config.adapt_steps:
             self._adapt(normals, seed, workdir / "adaptation")
         base = self.backbone
@@ -178,7 +186,7 @@ class DefectSynth:
             net.enable_gradient_checkpointing()
 
         def loss(items: Tensor, generator: torch.Generator) -> Tensor:
-            return noise_loss(net, base, latents[items], text[items], hints[items], weights[items], generator)
+            return denoising_loss(net, base, latents[items], text[items], hints[items], weights[items], generator)
 
         self.curve = []
         if config.steps != 0:
@@ -313,11 +321,14 @@ class DefectSynth:
         """Equation 9 over the samples of one group."""
         config = self.config
         masks = to_latents(torch.stack([r.mask for r in requests]), tuple(latents.shape[2:])).to(latents.device)
-        released = config.sff_form == "released"
+        form: dict = {}
+        if config.sff_form == "released":
+            if len(latents) == 2:  # there the released code matches a sample with itself, and nothing changes
+                return latents
+            form = {"neighbours": "simultaneous", "similarity": "cosine", "reference_weight": RELEASED_REFERENCE}
         return fuse(
-            latents, torch.Generator().manual_seed(group), rate=config.sff_rate, base_weight=config.sff_base_weight,
-            masks=masks if config.sff_within == "mask" else None,
-            neighbours="simultaneous" if released else "sequential", similarity="cosine" if released else "dot",
+            latents, torch.Generator().manual_seed(group ^ POSITIONS), rate=config.sff_rate,
+            base_weight=config.sff_base_weight, masks=masks if config.sff_within == "mask" else None, **form,
         )  # fmt: skip
 
     def save(self, folder: Path) -> None:
@@ -353,6 +364,5 @@ class DefectSynth:
 
 
 def _matched(image: Tensor, normal: Tensor) -> Tensor:
-    """The image with each channel's histogram matched to the normal's, as the released code ends."""
-    matched = match_histograms(image.permute(1, 2, 0).numpy(), normal.permute(1, 2, 0).numpy(), channel_axis=-1)
-    return torch.from_numpy(np.ascontiguousarray(matched)).permute(2, 0, 1).float().clamp(-1, 1)
+    """The image with its histogram over all channels matched to the normal's, as the released code does to a batch."""
+    return torch.from_numpy(match_histograms(image.numpy(), normal.numpy())).float().clamp(-1, 1)

@@ -3,6 +3,6 @@
 ``make backbone`` runs all of it: some two hours on two cores, minutes on a GPU. Each part goes on from its last
 checkpoint when the command is repeated. Nothing of ``mini`` is trained on.
 
-The parts have Stable Diffusion 1.5's classes, eps-prediction and folder layout; sizes and the noise schedule differ
-(``parts.new_scheduler`` says why), and every method runs on either without a branch.
+The parts have Stable Diffusion 1.5's classes and folder layout; sizes differ, and so do the noise schedule and what is
+predicted (``parts.new_scheduler`` says why). Every method runs on either without a branch.
 """

@@ -9,7 +9,6 @@ import time
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL
 
 from defectlib import backbone, paths
 from defectlib.pretrain import card, parts, recipe
@@ -32,21 +31,14 @@ def main() -> None:
 
     pixels, prompts = recipe.world_images(recipe.WORLD, seed, work)
     trained_on = pixels[recipe.HELD_OUT :]
-    # A part's curve is written last: where it is, the part is whole.
-    if not (work / "vae" / "curve.json").is_file():
-        vae, curve = recipe.train_vae(trained_on, seed, work, device, progress("vae"))
-        vae.save_pretrained(work / "vae")
-        paths.write_text(work / "vae" / "curve.json", json.dumps(curve))
-    vae = AutoencoderKL.from_pretrained(work / "vae").to(device)
-    if not (work / "tiny" / "curves.json").is_file():
-        tokenizer = parts.new_tokenizer()
-        tokens = parts.token_table(tokenizer, prompts, seed)[recipe.HELD_OUT :]
-        latents = recipe.latents_of(vae, trained_on, work / "vae" / "latents.safetensors")
-        unet, text, curve = recipe.train_unet(latents, tokens, tokenizer, seed, work, device, progress("unet"))
-        parts.save(vae, unet, text, tokenizer, work / "tiny")
-        curves = {"vae": json.loads((work / "vae" / "curve.json").read_text()), "unet": curve}
-        paths.write_text(work / "tiny" / "curves.json", json.dumps(curves))
+    vae, curve = recipe.train_vae(trained_on, seed, work, device, progress("vae"))
+    curves, tokenizer = {"vae": curve}, parts.new_tokenizer()
+    tokens = parts.token_table(tokenizer, prompts, seed)[recipe.HELD_OUT :]
+    latents = recipe.latents_of(vae, trained_on, work / "latents.safetensors")
+    unet, text, curves["unet"] = recipe.train_unet(latents, tokens, tokenizer, seed, work, device, progress("unet"))
+    parts.save(vae, unet, text, tokenizer, work / "tiny")
     shutil.copytree(work / "tiny", options.out, dirs_exist_ok=True)
+    paths.write_text(options.out / "curves.json", json.dumps(curves))
     text = card.card(backbone.load(str(options.out)), pixels, recipe.HELD_OUT, seed, options.out, work)
     paths.write_text(options.out / "README.md", text)
     print(text)

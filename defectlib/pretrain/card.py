@@ -54,7 +54,8 @@ marks on them, and silhouettes, of the world in `defectlib/data/world.py`; it is
     {command}
 
 Seed {seed}, {pictures:,} generated pictures, {held_out} of them held out, nothing of `mini` among them. Curves:
-`curves.json`. Latents: {latent}.
+`curves.json`. Latents: {latent}. Noise schedule: {schedule} beta, {predicts} (`pretrain/parts.py` says why).
+Trained on: {device}.
 
 ## Measured
 
@@ -105,6 +106,8 @@ def card(base: Backbone, pixels: Tensor, held_out: int, seed: int, folder: Path,
     modules = (base.vae, base.unet, base.text_encoder)
     return CARD.format(
         parameters=sum(p.numel() for module in modules for p in module.parameters()) / 1e6,
+        schedule=base.scheduler.config.beta_schedule, predicts=base.scheduler.config.prediction_type.replace("_", "-"),
+        device=base.device.type.upper(),
         seed=seed, pictures=len(pixels), held_out=held_out, command=f"python -m defectlib.pretrain --seed {seed}",
         latent=" x ".join(map(str, base.latent_shape(world.SIZE))), defects=evidence.DEFECTS, shots=evidence.SHOTS,
         psnr=_table("pictures", kept, 2), localisation=_table("category", evidence.localisation(base, work), 3),

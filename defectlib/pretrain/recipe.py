@@ -40,11 +40,10 @@ UNET_WARM_FIT = FitSettings(
     precision="bf16", save_every=500,
 )  # fmt: skip
 UNET_FIT = FitSettings(
-    steps=4000, batch_size=32, learning_rate=8e-4, schedule="cosine", warmup=200, weight_decay=0.01, ema=0.999,
+    steps=4500, batch_size=32, learning_rate=8e-4, schedule="cosine", warmup=200, weight_decay=0.01, ema=0.999,
     precision="bf16", save_every=250,
 )  # fmt: skip
 NO_PROMPT = 0.1
-MOST_WEIGHT = 50.0
 
 Progress = Callable[[int, float], None] | None
 
@@ -115,16 +114,23 @@ def phase(
 
     Returns:
         Its curve, counted from the ``before`` steps that went before.
+
+    Raises:
+        ValueError: What lies there was made with other settings, another seed or other pictures.
     """
-    done = folder.with_suffix(".safetensors")
+    done, asked = folder.with_suffix(".safetensors"), {"settings": settings.model_dump(), "seed": seed, "pictures": n}
     if not done.is_file():
         curve = fit(model, loss, n, settings, seed=seed, folder=folder, progress=progress)
         state = {name: value.contiguous() for name, value in model.state_dict().items()}
-        paths.write_bytes(done, safetensors.torch.save(state, metadata={"curve": json.dumps(curve)}))
+        described = {"curve": json.dumps(curve), "asked": json.dumps(asked)}
+        paths.write_bytes(done, safetensors.torch.save(state, metadata=described))
+    with safe_open(done, "pt") as file:
+        known = file.metadata()
+    if json.loads(known["asked"]) != asked:
+        raise ValueError(f"{done} was trained with other settings: delete {folder.parent} to train anew")
     model.load_state_dict(safetensors.torch.load_file(done))
     model.eval()
-    with safe_open(done, "pt") as file:
-        return [(before + step, value) for step, value in json.loads(file.metadata()["curve"])]
+    return [(before + step, value) for step, value in json.loads(known["curve"])]
 
 
 def train_vae(
@@ -191,11 +197,8 @@ def train_unet(
 ) -> tuple[UNet2DConditionModel, CLIPTextModel, list[tuple[int, float]]]:
     """Fit UNet and text encoder together, the prompt left out in a tenth of the items; timesteps are uniform.
 
-    The warm start is eps-MSE under Stable Diffusion's schedule. That schedule ends too early for so small a picture: at
-    t = 951 the mean tone of 256 cells still shows at two standard deviations of the noise's own mean, so what is drawn
-    from pure noise takes its colours from the noise and not from the prompt. The fit then goes on under the schedule
-    that the model ships with (``parts.new_scheduler``), each error weighted by 1 / alpha_bar, ``MOST_WEIGHT`` at most:
-    up to that bound the loss of v-prediction (Salimans and Ho, 2022), which asks for tones where eps-MSE hardly does.
+    The warm start predicts noise under Stable Diffusion's schedule. The fit goes on with the schedule and the target
+    that the model ships with, see ``parts.new_scheduler``.
     """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -206,19 +209,16 @@ def train_unet(
         model["unet"].set_attn_processor(AttnProcessor())
     empty = tokenize(tokenizer, [""])
 
-    def under(schedule: DDIMScheduler, most: float) -> Loss:
-        weights = (1 / schedule.alphas_cumprod).clamp(max=most).to(device)
-
+    def under(schedule: DDIMScheduler) -> Loss:
         def loss(items: Tensor, generator: torch.Generator) -> Tensor:
-            noisy, timesteps, noise = diffusion.noised(latents[items].to(device), schedule, generator)
+            noisy, timesteps, target = diffusion.noised(latents[items].to(device), schedule, generator)
             dropped = torch.rand(len(items), generator=generator) < NO_PROMPT
             hidden = model["text_encoder"](torch.where(dropped[:, None], empty, tokens[items]).to(device))[0]
-            error = (model["unet"](noisy, timesteps, hidden).sample.float() - noise).square().mean((1, 2, 3))
-            return (weights[timesteps] * error).mean()
+            return (model["unet"](noisy, timesteps, hidden).sample.float() - target).square().mean()
 
         return loss
 
-    n, warm, final = len(latents), under(diffusion.sd_scheduler(), 1.0), under(parts.new_scheduler(), MOST_WEIGHT)
+    n, warm, final = len(latents), under(diffusion.sd_scheduler()), under(parts.new_scheduler())
     curve = [
         *phase(model, warm, n, UNET_WARM_FIT, seed, folder / "unet-warm", progress),
         *phase(model, final, n, UNET_FIT, seed, folder / "unet-fit", progress, UNET_WARM_FIT.steps),

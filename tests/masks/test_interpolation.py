@@ -319,6 +319,14 @@ def test_hmi_image_lies_on_the_object():
     assert moved.sum() > 20 and (moved & ~disc(64, 20, 20, 17)).sum() == 0, "the shots' object lay elsewhere"
 
 
+def test_refused_draws_are_counted(monkeypatch):
+    verdicts = iter(["area", "pieces", ""])
+    monkeypatch.setattr("defectlib.masks.interpolation.flaws", lambda *_: [v for v in [next(verdicts)] if v])
+    shots, refused = [shot(box(64, 10, 10, 4, 20), "a"), shot(box(64, 40, 30, 4, 20), "b")], Counter()
+    hmi_image(np.random.default_rng(0), shots, torch.zeros(3, 64, 64), refused)
+    assert refused == {"area": 1, "pieces": 1}
+
+
 def test_hmi_image_of_one_shot_says_what_to_do():
     with pytest.raises(ValueError, match="needs two masks of plate/scratch and there is one.*'affine'"):
         hmi_image(np.random.default_rng(0), [shot(box(16, 2, 2, 3, 3), "a")], torch.zeros(3, 16, 16))

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from defectlib.control import embedded_once
-from defectlib.diffusion import to_latents
+from defectlib.diffusion import reach, to_latents
 from defectlib.methods.defectsynth import DefectSynth, DefectSynthConfig
 from defectlib.types import Request, Shot
 
@@ -60,7 +60,7 @@ def images(method, requests=REQUESTS):
     [
         {"sae": False}, {"sff": False}, {"sae_form": "released"}, {"sae_softmax": "image"}, {"sae_cap": 1.1},
         {"sff_within": "image"}, {"eta": 1.0}, {"guidance_scale": 4.0}, {"dilation": 0.5}, {"controlnet_scale": 0.0},
-        {"match_colours": True}, {"num_inference_steps": 6},
+        {"match_colours": True}, {"num_inference_steps": 6}, {"sff_rate": 0.9}, {"sff_base_weight": 0.1},
     ],
     ids=lambda change: next(iter(change)),
 )  # fmt: skip
@@ -117,7 +117,33 @@ def test_the_hint_is_embedded_once_to_the_same_residuals(fitted):
 def test_what_was_released_is_a_configuration():
     released = DefectSynthConfig.as_released()
     assert (released.eta, released.num_inference_steps, released.sae_form) == (1.0, 50, "released")
+    assert (released.sff_form, released.match_colours, released.sff_within) == ("released", True, "mask")
+    # systems.md 1.3: floor((t + 100) * 16 / 1000) cells of 64 at every seventh of 50 steps.
+    assert [reach(981 - 20 * i, 64, released.dilation) for i in range(0, 50, 7)] == [17, 15, 12, 10, 8, 6, 3, 1]
     assert DefectSynthConfig.as_released(num_inference_steps=4).num_inference_steps == 4
+
+
+def test_the_released_fusion_does_nothing_in_a_group_of_two_and_sums_above_one_in_three(fitted):
+    assert torch.equal(images(with_config(fitted, sff_form="released")), images(with_config(fitted, sff=False)))
+    three = [request(k) for k in (1, 2, 3)]
+    form = {"sff_form": "released", "batch_size": 3}
+    latents = torch.ones(3, 12, 16, 16)
+    fused = with_config(fitted, **form, sff_rate=1.0)._fused(latents, three, 0)
+    inside = to_latents(torch.stack([r.mask for r in three]), (16, 16)).expand_as(fused)
+    assert torch.allclose(fused[inside], torch.tensor(0.7 + 0.3 * 2)) and (fused[~inside] == 1).all()
+
+
+def test_training_options_change_the_weights_or_do_not(untrained, tmp_path):
+    def weights(**changes):
+        method = DefectSynth(DefectSynthConfig(**QUICK | {"learning_rate": 1e-3} | changes), untrained)
+        method.fit(SHOTS, [], prompts=PROMPTS, seed=0, workdir=tmp_path)
+        return torch.cat([p.flatten() for p in method.controlnet.parameters()])
+
+    plain = weights()
+    assert torch.equal(weights(gradient_checkpointing=True), plain), "the same sums, made twice"
+    untrained.unet.disable_gradient_checkpointing()
+    assert not torch.equal(weights(mask_weight=5.0), plain) and not torch.equal(weights(flips=True), plain)
+    assert 0 < (weights(precision="bf16") - plain).abs().max() < 0.01
 
 
 def test_epochs_become_steps():
