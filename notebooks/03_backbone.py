@@ -97,7 +97,8 @@ table.round(2)
 # %%
 parts = {
     "VAE, warm": recipe.WARM_FIT, "VAE": recipe.VAE_FIT,
-    "UNet, warm": recipe.UNET_WARM_FIT, "UNet and text encoder": recipe.UNET_FIT,
+    "UNet, warm": recipe.UNET_WARM_FIT, "UNet": recipe.UNET_FIT,
+    "UNet, last": recipe.UNET_LAST_FIT,
 }  # fmt: skip
 print(f"{recipe.WORLD:,} pictures of the world, {recipe.HELD_OUT} of them held out; KL weight {recipe.KL_WEIGHT}")
 pd.DataFrame({name: settings.model_dump() for name, settings in parts.items()})

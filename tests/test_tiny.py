@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from defectlib import backbone, paths
-from defectlib.pretrain import card
+from defectlib.pretrain import card, parts
 
 FOLDER = backbone.HERE / "tiny"
 
@@ -52,3 +52,9 @@ def test_rare_words_and_folder_names_are_distinct(tiny):
     texts = tiny.embed(["vfx", "sks", "a part_007 with a Kratzer", "a part_008 with a Kratzer"])
     distance = torch.cdist(texts.flatten(1), texts.flatten(1))
     assert (distance[~torch.eye(4, dtype=torch.bool)] > 0.1).all()
+
+
+def test_its_tokenizer_and_schedule_are_the_recipes(tiny):
+    """The trainer of tokenizers meets words in an order of chance: the recipe must not."""
+    assert tiny.tokenizer.get_vocab() == parts.new_tokenizer().get_vocab()
+    assert dict(tiny.scheduler.config) == dict(parts.new_scheduler().config)

@@ -47,16 +47,15 @@ def new_tokenizer() -> CLIPTokenizer:
     draft = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     draft.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    # Bytes at the end of a word are named here, because the trainer takes those that it meets in an order of chance.
+    symbols = [*alphabet, *(f"{symbol}</w>" for symbol in alphabet)]
     trainer = trainers.BpeTrainer(
-        vocab_size=4096, min_frequency=1, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False,
-        special_tokens=["<|startoftext|>", "<|endoftext|>"],
+        vocab_size=4096, min_frequency=1, end_of_word_suffix="</w>", show_progress=False,
+        special_tokens=["<|startoftext|>", "<|endoftext|>", *symbols],
     )  # fmt: skip
     draft.train_from_iterator([*world.words(), *RARE_WORDS], trainer)
     parts = json.loads(draft.to_str())["model"]
-    vocabulary = parts["vocab"]
-    for symbol in alphabet:  # a byte at the end of a word; training makes only those that it met
-        vocabulary.setdefault(f"{symbol}</w>", len(vocabulary))
-    return CLIPTokenizer(vocabulary, [tuple(pair) for pair in parts["merges"]], model_max_length=TEXT_LENGTH)
+    return CLIPTokenizer(parts["vocab"], [tuple(pair) for pair in parts["merges"]], model_max_length=TEXT_LENGTH)
 
 
 def new_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:

@@ -43,6 +43,10 @@ UNET_FIT = FitSettings(
     steps=4500, batch_size=32, learning_rate=8e-4, schedule="cosine", warmup=200, weight_decay=0.01, ema=0.999,
     precision="bf16", save_every=250,
 )  # fmt: skip
+UNET_LAST_FIT = FitSettings(
+    steps=550, batch_size=32, learning_rate=3e-4, schedule="cosine", warmup=50, weight_decay=0.01, ema=0.99,
+    precision="bf16", save_every=250,
+)  # fmt: skip
 NO_PROMPT = 0.1
 
 Progress = Callable[[int, float], None] | None
@@ -198,7 +202,7 @@ def train_unet(
     """Fit UNet and text encoder together, the prompt left out in a tenth of the items; timesteps are uniform.
 
     The warm start predicts noise under Stable Diffusion's schedule. The fit goes on with the schedule and the target
-    that the model ships with, see ``parts.new_scheduler``.
+    that the model ships with, see ``parts.new_scheduler``, and ends with some steps at a lower rate, in another order.
     """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -218,10 +222,12 @@ def train_unet(
 
         return loss
 
+    before = UNET_WARM_FIT.steps + UNET_FIT.steps
     n, warm, final = len(latents), under(diffusion.sd_scheduler()), under(parts.new_scheduler())
     curve = [
         *phase(model, warm, n, UNET_WARM_FIT, seed, folder / "unet-warm", progress),
         *phase(model, final, n, UNET_FIT, seed, folder / "unet-fit", progress, UNET_WARM_FIT.steps),
+        *phase(model, final, n, UNET_LAST_FIT, seed + 1, folder / "unet-last", progress, before),
     ]
     model["unet"].set_default_attn_processor()
     return model["unet"], model["text_encoder"], curve
