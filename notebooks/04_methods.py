@@ -222,7 +222,8 @@ motions.round(2)
 #
 # $w = \lVert M \rVert_1\, \mathrm{softmax}\big(\mathrm{mean}_c (M (z_r' - z_t))^2\big) + 1$: largest where the latents of
 # this step differ most from the aligned real defect's. As printed the softmax runs over all pixels of the image; over those
-# of the mask the mean inside is exactly 2. Both are drawn here, and every step's weights are kept.
+# of the mask the mean inside is exactly 2. Both are drawn here with all of their tail, and every step's weights are kept;
+# elsewhere weights are cut at `sae_cap`, for the reason that the sheet further down shows.
 
 # %%
 kept = {}
@@ -378,6 +379,11 @@ print(
 largest = tail.loc["largest weight, median over steps"]
 print(
     f"Largest SAE weight, median over steps: {largest['mask']:.1f} over the mask, {largest['image']:.1f} over the image."
+)
+shares = effects["beyond the shots"]
+print(
+    f"Cells beyond the shots: {shares['SAE and SFF']:.1%}; without limit to the weights "
+    f"{shares['no limit to weights']:.1%}, without SAE {shares['no SAE']:.1%}; real, held out {shares['real, held out']:.1%}."
 )
 for name in ("no SAE", "no SFF", "as released"):
     print(f"DefectSynth, {name}: inside the masks {effects.loc[name, columns[3]]:.2f} grey levels from SAE and SFF.")

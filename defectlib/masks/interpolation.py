@@ -45,6 +45,7 @@ RELEASED_GREY = 50 / 255
 """The grey level above which the released code calls a pixel of a decoded mask defect."""
 OUTSIDE = 0.1
 """Share of a mask that may lie outside the foreground: hand-drawn masks reach over contours."""
+NOT_KEPT = "not kept between its endpoints"
 ATTEMPTS = 32
 _EIGHT = np.ones((3, 3), int)
 
@@ -320,7 +321,7 @@ def hmi_image(
         i, j = source.choice(len(shots), 2, replace=False)
         alpha = source.choice(weights())
         frames = interpolate(shots[i].mask, shots[j].mask, alpha, form)
-        return "not kept between its endpoints" if frames.refused[0] else settled(frames.masks[0], allowed)
+        return NOT_KEPT if frames.refused[0] else settled(frames.masks[0], allowed)
 
     mask, counts = redraw(draw, rng, lambda drawn: flaws(drawn, allowed, (min(areas), max(areas))), defect)
     if refused is not None:

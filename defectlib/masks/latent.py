@@ -17,6 +17,7 @@ from torch import Tensor
 
 from defectlib.masks import trimap
 from defectlib.masks.interpolation import (
+    NOT_KEPT,
     Frames,
     area_of,
     branch,
@@ -31,6 +32,8 @@ from defectlib.masks.interpolation import (
     weights,
 )
 from defectlib.types import Shot
+
+BLACK = "all black"
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +68,7 @@ def interpolate(
     masks = torch.stack([threshold(image, grey) for image in drawn])
     areas, counts = ([measure(mask) for mask in (first, second)] for measure in (area_of, count_pieces))
     refused = [
-        refusal(mask, (1 - alpha) * areas[0] + alpha * areas[1], counts) if mask.any() else "all black"
+        refusal(mask, (1 - alpha) * areas[0] + alpha * areas[1], counts) if mask.any() else BLACK
         for alpha, mask in zip(alphas, masks)
     ]
     return Frames(masks, alphas, tuple(refused))
@@ -85,7 +88,9 @@ def hmi_latent(space: Space) -> Callable[..., Tensor]:
         def draw(generator: np.random.Generator) -> Tensor | str:
             i, j = generator.choice(len(shots), 2, replace=False)
             frames = interpolate(shots[i].mask, shots[j].mask, space, [generator.choice(weights())])
-            return frames.refused[0] or settled(frames.masks[0], allowed)
+            if frames.refused[0]:
+                return BLACK if frames.refused[0] == BLACK else NOT_KEPT
+            return settled(frames.masks[0], allowed)
 
         mask, counts = redraw(draw, rng, lambda drawn: flaws(drawn, allowed, (min(areas), max(areas))), defect)
         if refused is not None:

@@ -12,7 +12,7 @@ what                 here, as in the paper           released
 ===================  ==============================  ==========================================
 sampler              20 steps, eta 0                 50 steps, eta 1
 blending mask        up to 1/8 of the side wider      up to 1/4
-SAE weights          Equation 7                      min-max of the difference + 1
+SAE weights          Equation 7, cut at 2            min-max of the difference + 1
 SFF                  dot product, weights sum to 1    cosine, 0.7 + 0.3 each other sample; a no-op in a group of 2
 colours              as decoded                      one histogram over all channels, the normal image's
 value range          [-1, 1] throughout              trained in [-1, 1], sampled from images in [0, 1] (not copied)
@@ -69,7 +69,8 @@ class DefectSynthConfig(MethodConfig):
         guidance_scale: 1 is no classifier-free guidance, as released.
         batch_size: Requests a call of the model; short batches are padded, so that a sample depends on itself alone.
         sae_softmax: Equation 7's softmax over the mask's pixels, or over all as printed.
-        sae_cap: Largest weight; None leaves the heavy tail that Equation 7 has.
+        sae_cap: Largest weight. Equation 7 has none (None), and a heavy tail that leaves dark and bright spots in some
+            samples; at most 2, which is the released range, left none (``04_methods`` shows both).
         sff_within: Fuse features inside the mask ("in the generated defective regions", Section III-E, and the
             released code), or anywhere, as Equation 9 is printed: that changes the background too.
     """
@@ -101,7 +102,7 @@ class DefectSynthConfig(MethodConfig):
     sae: bool = True
     sae_form: Literal["paper", "released"] = "paper"
     sae_softmax: Literal["mask", "image"] = "mask"
-    sae_cap: float | None = Field(None, ge=1)
+    sae_cap: float | None = Field(2.0, ge=1)
     sff: bool = True
     sff_rate: float = Field(0.2, ge=0, le=1)
     sff_base_weight: float = Field(0.7, ge=0, le=1)
