@@ -296,7 +296,7 @@ for name, config in (configs | {"as released": released}).items():
     fitted.config = config
     drawn[name] = torch.stack([item.image for item in fitted.sample(asked)])
 fitted.config = usual
-picked = [i for d in s.defects for i in [k for k, r in enumerate(asked) if r.defect == d][:2]]
+picked = [i for d in s.defects for i in [k for k, r in enumerate(asked) if r.defect == d][:1]]
 figure = figures.sheet(
     [[asked[i].normal for i in picked], *[[x[i] for i in picked] for x in drawn.values()]],
     row_labels=["normal", *drawn], column_labels=[asked[i].defect for i in picked],

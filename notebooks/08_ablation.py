@@ -94,7 +94,7 @@ summary.reindex(names).rename(index=layout.method_title).round(3)
 # Columns are the same seeds, hence the same normals; where the source of masks is the one that changed, the masks differ.
 
 # %%
-n = min(2, s.settings.sample.n_per_defect)
+n = 1
 drawn = {
     name: [item for d in s.defects for item in sampling.load(s.folder(name, s.seeds[0]).path, d, limit=n)]
     for name in names
