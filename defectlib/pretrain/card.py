@@ -65,9 +65,9 @@ Peak signal to noise ratio of what went through the autoencoder (float16 weights
 
 ## What it does not know
 
-`mini` is not in the world. Pixel AP of a localiser tested on real defects of `mini`, {defects} kinds a category, and trained
-(`demo` protocol, one seed) on what the base model draws into moved masks from the defect's prompt alone, on {shots} shots
-a kind alone, and on Crop-Paste of these shots; chance is the share of defect pixels:
+`mini` is not in the world. Pixel AP of a localiser tested on real defects of `mini`, {defects} kinds a category, and
+trained (`demo` protocol, one seed) on what the base model draws into moved masks from the defect's prompt alone, on
+{shots} shots a kind alone, and on Crop-Paste of these shots; chance is the share of defect pixels:
 
 {localisation}
 
