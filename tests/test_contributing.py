@@ -36,7 +36,7 @@ def bolts(root):
         for i in range(6):
             image = rng.integers(120, 140, (64, 64, 3), np.uint8)
             mask = np.zeros((64, 64), np.uint8)
-            mask[10 + 4 * i : 24 + 4 * i, 20:40] = 255
+            mask[10 + 4 * i : 20 + 4 * i, 20:40] = 255  # below tau: interpolated in image space
             image[mask > 0] = 30 + 60 * k
             save(root / "ng" / defect / f"{i}.png", image)
             save(root / "ng" / defect / f"{i}.mask.bmp", mask)

@@ -257,6 +257,14 @@ def settled(mask: Tensor, allowed: Tensor) -> Tensor:
     return (moved > 0.5) & inside
 
 
+class NoMask(ValueError):
+    """No draw was without flaws; ``counts`` says what was wrong with them."""
+
+    def __init__(self, message: str, counts: Counter[str]) -> None:
+        super().__init__(message)
+        self.counts = counts
+
+
 def redraw(
     draw: Callable[[np.random.Generator], Tensor | str],
     rng: np.random.Generator,
@@ -274,7 +282,7 @@ def redraw(
         attempts: Draws at most.
 
     Raises:
-        ValueError: No draw was without flaws; the message names the defect and counts the flaws.
+        NoMask: No draw was without flaws; the message names the defect and counts the flaws.
     """
     counts: Counter[str] = Counter()
     for _ in range(attempts):
@@ -284,7 +292,7 @@ def redraw(
             return drawn, counts
         counts.update(wrong)
     listed = ", ".join(f"{reason} {n} x" for reason, n in counts.most_common())
-    raise ValueError(f"none of {attempts} masks drawn for {defect} could be used: {listed}")
+    raise NoMask(f"none of {attempts} masks drawn for {defect} could be used: {listed}", counts)
 
 
 def hmi_image(

@@ -19,6 +19,7 @@ from defectlib.masks import trimap
 from defectlib.masks.interpolation import (
     NOT_KEPT,
     Frames,
+    NoMask,
     area_of,
     branch,
     count_pieces,
@@ -34,6 +35,7 @@ from defectlib.masks.interpolation import (
 from defectlib.types import Shot
 
 BLACK = "all black"
+FELL_BACK = "latent space gave none: drawn in image space"
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,13 +103,23 @@ def hmi_latent(space: Space) -> Callable[..., Tensor]:
 
 
 def hmi(space: Space) -> Callable[..., Tensor]:
-    """Hybrid Mask Interpolation: latent space where the mean area ratio reaches tau = 0.053, else image space."""
+    """Hybrid Mask Interpolation: latent space where the mean area ratio reaches tau = 0.053, else image space.
+
+    Where latent space gives none in all its draws, the mask is drawn in image space, and ``refused`` says so under
+    ``FELL_BACK``, besides what was wrong with the draws.
+    """
     latent = hmi_latent(space)
 
     def source(
         rng: np.random.Generator, shots: Sequence[Shot], normal: Tensor, refused: Counter[str] | None = None
     ) -> Tensor:
-        chosen = latent if branch([shot.mask for shot in shots]) == "latent" else hmi_image
-        return chosen(rng, shots, normal, refused)
+        if branch([shot.mask for shot in shots]) == "image":
+            return hmi_image(rng, shots, normal, refused)
+        try:
+            return latent(rng, shots, normal, refused)
+        except NoMask as error:
+            if refused is not None:
+                refused.update(error.counts + Counter({FELL_BACK: 1}))
+            return hmi_image(rng, shots, normal, refused)
 
     return source

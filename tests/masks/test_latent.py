@@ -1,5 +1,7 @@
 """The latent branch on a space that is known by hand, and the way there and back on an untrained base model."""
 
+from collections import Counter
+
 import numpy as np
 import pytest
 import torch
@@ -70,6 +72,13 @@ def test_the_hybrid_takes_the_space_that_the_area_asks_for():
     assert interpolation.branch([s.mask for s in small]) == "image"
     assert source(np.random.default_rng(0), small, NORMAL).any() and calls == []
     assert source(np.random.default_rng(0), large, NORMAL).any() and len(calls) == 2
+
+
+def test_the_hybrid_says_where_latent_space_gave_none():
+    dark = latent.Space(lambda images: images, lambda noise: torch.full_like(noise, -1.0))
+    refused, large = Counter(), shots(disc(12, 12, 8), disc(20, 20, 8))
+    mask = latent.hmi(dark)(np.random.default_rng(0), large, NORMAL, refused)
+    assert mask.any() and refused[latent.FELL_BACK] == 1 and refused["all black"] == interpolation.ATTEMPTS
 
 
 @pytest.mark.parametrize("scheduler", [diffusion.sd_scheduler(), parts.new_scheduler()], ids=["noise", "velocity"])
