@@ -69,8 +69,8 @@ class DefectSynthConfig(MethodConfig):
         guidance_scale: 1 is no classifier-free guidance, as released.
         batch_size: Requests a call of the model; short batches are padded, so that a sample depends on itself alone.
         sae_softmax: Equation 7's softmax over the mask's pixels, or over all as printed.
-        sae_cap: Largest weight. Equation 7 has none (None), and a heavy tail: of 16 samples of ``mini``'s brick one had
-            a black spot, a weaker one with weights up to 5, and none with up to 2, the released code's range.
+        sae_cap: Largest weight: 2 is the released code's range. None leaves the heavy tail that Equation 7 has;
+            ``04_methods`` draws both.
         sff_within: Fuse features inside the mask ("in the generated defective regions", Section III-E, and the
             released code), or anywhere, as Equation 9 is printed: that changes the background too.
     """
