@@ -6,11 +6,12 @@ flattens latents of unit variance.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
-from diffusers import DDIMInverseScheduler, DDIMScheduler
+from diffusers import DDIMScheduler
 from torch import Tensor
 
 from defectlib.backbone import Backbone
@@ -35,19 +36,23 @@ def noise_like(seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
     return torch.stack(rows)
 
 
-def noised(clean: Tensor, scheduler: DDIMScheduler, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+def noised(
+    clean: Tensor, scheduler: DDIMScheduler, generator: torch.Generator, timesteps: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """What a training step shows the model and asks of it: clean latents at uniform timesteps.
 
     Args:
         clean: x_0, (N, C, H, W), on any device.
         scheduler: Its noise schedule is used.
         generator: On the CPU: timesteps first, then noise, so that a device changes neither.
+        timesteps: (N,), where they are not drawn here: what is shown beside other latents shares theirs.
 
     Returns:
         x_t and what the model is to predict (N, C, H, W), with the timesteps (N,) between them: the noise, or where the
         scheduler is of v-prediction sqrt(a) eps - sqrt(1 - a) x_0, as diffusers' schedulers take it.
     """
-    timesteps = torch.randint(scheduler.config.num_train_timesteps, (len(clean),), generator=generator)
+    if timesteps is None:
+        timesteps = torch.randint(scheduler.config.num_train_timesteps, (len(clean),), generator=generator)
     noise = torch.randn(clean.shape, generator=generator).to(clean.device)
     timesteps = timesteps.to(clean.device)
     velocity = scheduler.config.prediction_type == "v_prediction"
@@ -124,19 +129,23 @@ def invert(
     latents: Tensor,
     scheduler: DDIMScheduler,
     num_inference_steps: int,
+    iterations: int = 8,
 ) -> Tensor:
-    """DDIM inversion: the noise (N, C, H, W) from which :func:`denoise` comes back to these latents.
+    """DDIM inversion: the noise (N, C, h, w) from which :func:`denoise` comes back to these latents.
 
-    The predictor is shown latents one step behind those that :func:`denoise` will show it, so the way back is close,
-    not exact. It is told the timestep of the way back, as diffusers' inverse scheduler means it; a velocity, which
-    means another thing at every timestep, is asked for at the latents' own.
+    A step of DDIM is linear in its latents and in what is predicted, z_s = A z_t + B p(z_t, t), so z_t is the fixed
+    point of z -> (z_s - B p(z, t)) / A. Plain DDIM inversion stops after the first of these iterations: on ``tiny``, 20
+    such steps bring thin masks back at an IoU of 0.2 to 0.5, and 8 iterations at 0.96 or better (``02_masks``).
     """
-    inverse = DDIMInverseScheduler.from_config(scheduler.config)
-    inverse.set_timesteps(num_inference_steps)
-    velocity = scheduler.config.prediction_type == "v_prediction"
-    behind = scheduler.config.num_train_timesteps // num_inference_steps if velocity else 0
-    for timestep in inverse.timesteps:
-        latents = inverse.step(predict(latents, (timestep - behind).clamp(min=0)), timestep, latents).prev_sample
+    scheduler.set_timesteps(num_inference_steps)
+    nothing, one = torch.zeros(1), torch.ones(1)
+    for timestep in scheduler.timesteps.flip(0):
+        of_latents = scheduler.step(nothing, timestep, one).prev_sample.item()
+        of_prediction = scheduler.step(one, timestep, nothing).prev_sample.item()
+        noisier = latents
+        for _ in range(iterations):
+            noisier = (latents - of_prediction * predict(noisier, timestep)) / of_latents
+        latents = noisier
     return latents
 
 
@@ -180,11 +189,15 @@ def prompted(base: Backbone, prompts: Sequence[str], scale: float = 1.0) -> Call
     return predict
 
 
-def latent_space(base: Backbone, num_inference_steps: int = 20, prompt: str = "") -> latent.Space:
-    """A base model as the way to noise and back that ``masks.latent`` interpolates on; the released prompt is empty."""
+@functools.lru_cache(maxsize=4)
+def latent_space(base: Backbone, num_inference_steps: int = 20, prompt: str = "", iterations: int = 8) -> latent.Space:
+    """A base model as the way to noise and back that ``masks.latent`` interpolates on; the released prompt is empty.
+
+    The same one a call, with all that it has drawn so far: the runs of a category share its shots.
+    """
     predict = prompted(base, [prompt])
     return latent.Space(
-        lambda images: invert(predict, base.encode(images), base.scheduler, num_inference_steps),
+        lambda images: invert(predict, base.encode(images), base.scheduler, num_inference_steps, iterations),
         lambda noise: base.decode(denoise(predict, noise, base.scheduler, num_inference_steps)),
     )
 

@@ -91,23 +91,26 @@ figure
 #
 # For the latent branch a mask is drawn white on black and encoded, and DDIM inversion runs the denoising loop backwards, to
 # the noise from which the base model would draw this mask. From there the loop leads back to a picture, whose threshold is a
-# mask again. Inversion asks the model one step behind the loop, so the way back is close, not exact; what it loses, every
-# interpolated mask loses too.
+# mask again. Plain inversion asks the model one step behind the loop; here each step is solved by a few fixed-point
+# iterations, and both are shown. What the way back loses, every interpolated mask loses too.
 
 # %%
 model = backbone.load(s.settings.backbone)
 space = diffusion.latent_space(model)
 rows, numbers = [], []
 for d, (mask, *_) in by_defect.items():
-    noise = space.noise(mask)
-    back = space.from_noise(noise[None])[0]
-    again = interpolation.threshold(back)
-    cells = (noise[:1].cpu() / 6 + 0.5).clip(0, 1)  # three standard deviations each way
-    rows.append([mask, cells.repeat_interleave(model.cell, 1).repeat_interleave(model.cell, 2), back, again])
-    numbers.append([d, noise.std().item(), ((mask & again).sum() / (mask | again).sum()).item()])
+    for kind, way_to in (("plain", diffusion.latent_space(model, iterations=1)), ("solved", space)):
+        noise = way_to.noise(mask)
+        back = way_to.from_noise(noise[None])[0]
+        again = interpolation.threshold(back)
+        cells = (noise[:1].cpu() / 6 + 0.5).clip(0, 1)  # three standard deviations each way
+        rows.append([mask, cells.repeat_interleave(model.cell, 1).repeat_interleave(model.cell, 2), back, again])
+        numbers.append([d, kind, noise.std().item(), ((mask & again).sum() / (mask | again).sum()).item()])
 columns = ["mask", "its noise (first channel)", "the way back", "thresholded"]
-figure = figures.sheet(rows, row_labels=list(by_defect), column_labels=columns, scale=128 / s.size)
-way = pd.DataFrame(numbers, columns=["defect", "sd of the noise", "IoU of mask and way back"])
+way = pd.DataFrame(numbers, columns=["defect", "inversion", "sd of the noise", "IoU of mask and way back"])
+figure = figures.sheet(
+    rows, row_labels=(way["defect"] + "\n" + way["inversion"]).tolist(), column_labels=columns, scale=128 / s.size
+)
 figures.save(figure, folder, f"fig_2_inversion_{s.category}", way)
 figure
 
@@ -124,8 +127,7 @@ way.round(3)
 # $$z_\alpha = \frac{\sin((1 - \alpha)\,\omega)}{\sin \omega}\, z_0 + \frac{\sin(\alpha\,\omega)}{\sin \omega}\, z_1$$
 #
 # A frame is kept where it has as many pieces as its endpoints (if they agree) and an area within half to twice the
-# interpolated one. Frames that are not kept are framed red. A latent frame that comes out black is refused and counted, and
-# nothing from image space takes its place.
+# interpolated one. Frames that are not kept are framed red. A latent frame that comes out black is refused and counted.
 
 # %%
 n_frames = min(interpolation.FRAMES, s.settings.sample.n_per_defect)
@@ -307,6 +309,7 @@ for (d, title), row in report.iterrows():
     measured = f", Mask IoU {iou.loc[title, d]:.2f}" if row["usable"] else ""
     print(f"{d}, {title}: {row['usable']:.0f} of {row['drawn']:.0f} first draws usable{measured}.")
 print(
-    f"A mask with a flaw is drawn again, {interpolation.ATTEMPTS} times at most; then the source stops with the counts."
+    f"A mask with a flaw is drawn again, {interpolation.ATTEMPTS} times at most; then the hybrid source turns to image "
+    "space and counts it, and the others stop with the counts."
 )
 print(s.stamp())

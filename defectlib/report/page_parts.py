@@ -44,7 +44,7 @@ CAPTIONS = {
     "dualanodiff_fig_3_noising": "One shot, noised to several timesteps, and what the base model takes it for.",
     "denoising_loop": "The denoising loop: the predicted image along the way.",
     "zero_shot_world": "Pictures of the base model's own world, and what it draws for their prompts.",
-    "inversion": "Real defects inverted to noise and drawn back, in few and in many steps.",
+    "inversion": "Real defects inverted to noise and drawn back: plainly in few and many steps, and solved.",
     "attention_words": "Where the words of a prompt are read: cross-attention maps of the base model.",
     "dualanodiff_fig_3_attention": "As in DualAnoDiff Fig. 3: what the base model draws for the rare words of its two "
     "branches, and their cross-attention maps.",
