@@ -4,11 +4,12 @@
 
 Same weights, DDIM steps, batch, sizes and float32; requests are new in every round. Encoding the normal images and
 blending them in, aligning a real defect, its weights at every step and the fusion of the group all count as ours; the
-latents of the shots, encoded once a category, do not. Times are CPU seconds on one thread, in turn. The last line is
-JSON; ``ratio`` is ours / reference of the medians with Stable Diffusion 1.5's layers at a quarter of their width and
-random weights at 256 px; ``tiny`` is the same with the base model that ships. ``max_abs_diff`` is the check: how far
-the images (in [0, 1]) are apart without SAE and SFF and with a mask of the whole frame, so that nothing is blended in;
-``hint_moves`` is how far that ControlNet's residuals move them.
+latents of the shots and the text embeddings, made once a category, do not, and the pipeline is handed its embeddings.
+Times are CPU seconds on one thread, in turn. The last line is JSON; ``ratio`` is ours / reference of the medians with
+Stable Diffusion 1.5's layers at a quarter of their width and random weights at 256 px; ``tiny`` is the same with the
+base model that ships. ``max_abs_diff`` is the check: how far the images (in [0, 1]) are apart without SAE and SFF and
+with a mask of the whole frame, so that nothing is blended in; ``hint_moves`` is how far that ControlNet's residuals
+move them.
 """
 
 import json
@@ -82,7 +83,8 @@ def measure(base: Backbone, size: int, rounds: int) -> dict[str, float]:
 
     def reference(asked: list[Request]) -> Tensor:
         return pipeline(
-            [r.prompt for r in asked], image=torch.stack([r.mask for r in asked]).float().expand(-1, 3, -1, -1),
+            prompt_embeds=base.embed([r.prompt for r in asked]),
+            image=torch.stack([r.mask for r in asked]).float().expand(-1, 3, -1, -1),
             latents=noise_like([r.seed for r in asked], shape), num_inference_steps=STEPS, guidance_scale=1.0,
             output_type="pt",
         ).images  # fmt: skip

@@ -7,23 +7,17 @@ DefectSynth does not. Low rank keeps what is stored small: 13 MB for Stable Diff
 from __future__ import annotations
 
 import copy
-import json
 from dataclasses import replace
 from pathlib import Path
 
-import safetensors.torch
 import torch
 from diffusers import UNet2DConditionModel
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 
-from defectlib import diffusion, paths
+from defectlib import diffusion
 from defectlib.backbone import Backbone
-from defectlib.training import FitSettings, fit
-
-Adapter = dict[str, Tensor]
+from defectlib.training import Curve, FitSettings, State, fit, once
 
 
 def _with_lora(unet: UNet2DConditionModel, rank: int, seed: int) -> UNet2DConditionModel:
@@ -45,7 +39,7 @@ def _merged(base: Backbone, unet: UNet2DConditionModel) -> Backbone:
 
 def adapt(
     base: Backbone, images: Tensor, prompt: str, settings: FitSettings, *, rank: int, seed: int, folder: Path
-) -> tuple[Backbone, Adapter, list[tuple[int, float]]]:
+) -> tuple[Backbone, State, Curve]:
     """Train LoRA on defect-free images by the base's own loss; the base model itself is left alone.
 
     Args:
@@ -61,30 +55,25 @@ def adapt(
         The adapted model, what :func:`restore` needs to make it again, and the loss curve. The last two are kept in
         ``folder``, so that a run that is killed later does not adapt anew.
     """
-    done = folder / "adapter.safetensors"
     asked = [base.digest, len(images), prompt, settings.model_dump(), rank, seed]
-    if done.is_file():
-        with safe_open(done, "pt") as file:
-            known = json.loads(file.metadata()["fit"])
-        if known["asked"] == asked:
-            adapter = load_file(done)
-            return restore(base, adapter), adapter, [tuple(point) for point in known["curve"]]
-    unet = _with_lora(base.unet, rank, seed)
-    latents, text = base.encode(images), base.embed([prompt])
 
-    def loss(items: Tensor, generator: torch.Generator) -> Tensor:
-        noisy, timesteps, target = diffusion.noised(latents[items], base.scheduler, generator)
-        predicted = unet(noisy, timesteps, text.expand(len(items), -1, -1)).sample
-        return (predicted.float() - target).square().mean()
+    def train() -> tuple[State, Curve]:
+        unet = _with_lora(base.unet, rank, seed)
+        latents, text = base.encode(images), base.embed([prompt])
 
-    curve = fit(unet, loss, len(latents), settings, seed=seed, folder=folder)
-    adapter = {name: value.detach().cpu().clone() for name, value in get_peft_model_state_dict(unet).items()}
-    described = {"fit": json.dumps({"asked": asked, "curve": curve})}
-    paths.write_bytes(done, safetensors.torch.save(adapter, metadata=described))
-    return _merged(base, unet), adapter, curve
+        def loss(items: Tensor, generator: torch.Generator) -> Tensor:
+            noisy, timesteps, target = diffusion.noised(latents[items], base.scheduler, generator)
+            predicted = unet(noisy, timesteps, text.expand(len(items), -1, -1)).sample
+            return (predicted.float() - target).square().mean()
+
+        curve = fit(unet, loss, len(latents), settings, seed=seed, folder=folder)
+        return {name: value.detach().cpu().clone() for name, value in get_peft_model_state_dict(unet).items()}, curve
+
+    adapter, curve = once(folder / "adapter.safetensors", asked, train)
+    return restore(base, adapter), adapter, curve
 
 
-def restore(base: Backbone, adapter: Adapter) -> Backbone:
+def restore(base: Backbone, adapter: State) -> Backbone:
     """The adapted model that :func:`adapt` returned with this adapter, from the same base.
 
     Raises:

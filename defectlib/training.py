@@ -14,14 +14,20 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import safetensors.torch
 import torch
 from accelerate import Accelerator
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from pydantic import BaseModel, ConfigDict, Field
+from safetensors import safe_open
 from torch import Tensor, nn
 
+from defectlib import paths
+
 Loss = Callable[[Tensor, torch.Generator], Tensor]
+Curve = list[tuple[int, float]]
+State = dict[str, Tensor]
 
 
 class FitSettings(BaseModel):
@@ -36,7 +42,7 @@ class FitSettings(BaseModel):
         max_grad_norm: Gradients are clipped to this norm; None leaves them.
         precision: "no" is float32; "bf16" runs the model under autocast, the weights staying float32.
         ema: Decay of the exponential moving average that replaces the weights at the end; None for none.
-        save_every: Steps between checkpoints.
+        save_every: Steps between checkpoints; None is a quarter of ``steps``, and 500 at most.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -50,7 +56,7 @@ class FitSettings(BaseModel):
     max_grad_norm: float | None = Field(default=1.0, gt=0)
     precision: Literal["no", "bf16"] = "no"
     ema: float | None = Field(default=None, gt=0, lt=1)
-    save_every: int = Field(default=500, ge=1)
+    save_every: int | None = Field(default=None, ge=1)
 
 
 def step_generator(seed: int, step: int) -> torch.Generator:
@@ -75,7 +81,7 @@ def fit(
     seed: int,
     folder: Path,
     progress: Callable[[int, float], None] | None = None,
-) -> list[tuple[int, float]]:
+) -> Curve:
     """Train the parameters of ``model`` that require gradients, in place; go on from ``folder`` where a run stopped.
 
     Args:
@@ -112,7 +118,7 @@ def fit(
     if ema:
         ema.to(device)  # accelerate reads it back to the CPU
     model.train()
-    report_every = max(1, settings.steps // 100)
+    report_every, save_every = max(1, settings.steps // 100), settings.save_every or min(500, -(-settings.steps // 4))
     for step in range(done, settings.steps):
         with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
             value = loss(batch_indices(n_items, settings.batch_size, seed, step), step_generator(seed, step))
@@ -132,7 +138,7 @@ def fit(
             window = []
             if progress:
                 progress(*curve[-1])
-        if (step + 1) % settings.save_every == 0 and step + 1 < settings.steps:
+        if (step + 1) % save_every == 0 and step + 1 < settings.steps:
             _save(accelerator, folder, step + 1, stamp | {"curve": curve, "window": window})
     if ema:
         ema.copy_to(trained)
@@ -140,6 +146,26 @@ def fit(
         shutil.rmtree(folder)
     model.eval()
     return curve
+
+
+def once(file: Path, asked: list, train: Callable[[], tuple[State, Curve]]) -> tuple[State, Curve]:
+    """What ``train`` returns, kept in ``file``, so that a run that is killed later does not train it anew.
+
+    Args:
+        file: A safetensors file; removing it is the caller's part.
+        asked: What the training depends on, as JSON values: a file of another training is not taken.
+        train: Returns named weights and the loss curve.
+    """
+    asked = json.loads(json.dumps(asked))
+    if file.is_file():
+        with safe_open(file, "pt") as kept:
+            known = json.loads(kept.metadata()["fit"])
+        if known["asked"] == asked:
+            return safetensors.torch.load_file(file), [tuple(point) for point in known["curve"]]
+    state, curve = train()
+    described = {"fit": json.dumps({"asked": asked, "curve": curve})}
+    paths.write_bytes(file, safetensors.torch.save(state, metadata=described))
+    return state, curve
 
 
 def _checkpoints(folder: Path) -> Iterator[Path]:
@@ -153,13 +179,16 @@ def _save(accelerator: Accelerator, folder: Path, step: int, state: dict) -> Non
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     accelerator.save_state(str(partial))
+    # A step's randomness comes from its own generator; what accelerate keeps would move the caller's.
+    for states in partial.glob("random_states_*.pkl"):
+        states.unlink()
     (partial / "fit.json").write_text(json.dumps(state))
     os.replace(partial, folder / f"step-{step:07d}")
     for old in list(_checkpoints(folder))[1:]:
         shutil.rmtree(old)
 
 
-def _resume(accelerator: Accelerator, folder: Path, stamp: dict) -> tuple[int, list[tuple[int, float]], list[float]]:
+def _resume(accelerator: Accelerator, folder: Path, stamp: dict) -> tuple[int, Curve, list[float]]:
     """Load the newest checkpoint, if any: steps done, curve, losses since its last point."""
     newest = next(_checkpoints(folder), None)
     if newest is None:

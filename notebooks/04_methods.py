@@ -223,7 +223,7 @@ motions.round(2)
 # $w = \lVert M \rVert_1\, \mathrm{softmax}\big(\mathrm{mean}_c (M (z_r' - z_t))^2\big) + 1$: largest where the latents of
 # this step differ most from the aligned real defect's. As printed the softmax runs over all pixels of the image; over those
 # of the mask the mean inside is exactly 2. Both are drawn here with all of their tail, and every step's weights are kept;
-# elsewhere weights are cut at `sae_cap`, for the reason that the sheet further down shows.
+# elsewhere weights are cut at `sae_cap`. Whether the tail or the cut damages what is drawn is counted further down.
 
 # %%
 kept = {}

@@ -97,14 +97,20 @@ def test_a_prompt_for_an_unknown_defect(root, tmp_path):
         opened(root, tmp_path, prompts={"craack": "a brick with a crack"})
 
 
-@pytest.mark.parametrize("file", ["shots.safetensors", "method.json"])
-def test_a_fit_that_is_cut_off(root, tmp_path, file):
-    s = opened(root, tmp_path, methods=["crop_paste"])
-    stages.fit(s, "crop_paste", 0)
-    folder = s.folder("crop_paste", 0)
+@pytest.mark.parametrize(
+    ("method", "file"),
+    [
+        ("crop_paste", "shots.safetensors"), ("crop_paste", "method.json"),
+        ("defectsynth", "controlnet/diffusion_pytorch_model.safetensors"), ("defectsynth", "controlnet/config.json"),
+    ],
+)  # fmt: skip
+def test_a_fit_that_is_cut_off(root, tmp_path, method, file):
+    s = opened(root, tmp_path, methods=[method])
+    stages.fit(s, method, 0)
+    folder = s.folder(method, 0)
     damaged = folder.model / file
     damaged.write_bytes(damaged.read_bytes()[:100])
     with pytest.raises(ValueError, match=f"the model in {folder.model} cannot be read: delete {folder.path} to fit"):
-        stages.sample(s, "crop_paste", 0)
+        stages.sample(s, method, 0)
     shutil.rmtree(folder.path)
-    assert stages.sample(s, "crop_paste", 0)["metrics"], "the remedy helps"
+    assert stages.sample(s, method, 0)["metrics"], "the remedy helps"

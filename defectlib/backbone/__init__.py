@@ -121,6 +121,8 @@ def folder_of(name: str) -> Path:
     """The local folder of a base model.
 
     ``tiny`` lies in the package, ``sd15`` in ``weights/sd15`` or where DEFECTLIB_SD15 points; else a folder is meant.
+    Another model of the hub is fetched into a folder first (``hf download``): a run names what it drew with by sha256,
+    and a hub id may mean other files tomorrow.
     """
     if name == "tiny":
         return HERE / "tiny"

@@ -230,9 +230,16 @@ def legal_corners(patch_mask: Tensor, foreground: Tensor) -> NDArray[np.int64]:
 
 
 def centred(patch_mask: Tensor, foreground: Tensor) -> tuple[int, int]:
-    """The corner at which a patch is centred on the foreground, for one that fits nowhere whole."""
-    middle = torch.nonzero(foreground[0]).float().mean(0)
-    return tuple(int(m) - side // 2 for m, side in zip(middle.tolist(), patch_mask.shape[1:]))
+    """The corner at which a patch lies about the foreground's middle, for one that fits nowhere whole.
+
+    The mask's pixel nearest its own middle falls on the foreground's pixel nearest that one's, which in a ring is not
+    its middle: so what is cut to the foreground is never empty.
+    """
+    corner = []
+    for pixels, sign in ((foreground[0], 1), (patch_mask[0], -1)):
+        at = torch.nonzero(pixels).float()
+        corner.append(sign * at[(at - at.mean(0)).square().sum(1).argmin()].long())
+    return tuple((corner[0] + corner[1]).tolist())
 
 
 def windows(patch: tuple[int, int], corner: tuple[int, int], frame: tuple[int, int]) -> tuple[tuple, tuple]:

@@ -12,6 +12,7 @@ what                 here, as in the paper           released
 ===================  ==============================  ==========================================
 sampler              20 steps, eta 0                 50 steps, eta 1
 blending mask        up to 1/8 of the side wider      up to 1/4
+background, eta 1    noised alike at every step      noised anew at every step
 SAE weights          Equation 7, cut at 2            min-max of the difference + 1
 SFF                  dot product, weights sum to 1    cosine, 0.7 + 0.3 each other sample; a no-op in a group of 2
 colours              as decoded                      one histogram over all channels, the normal image's
@@ -38,15 +39,15 @@ from skimage.exposure import match_histograms
 from torch import Tensor
 
 from defectlib import paths
-from defectlib.adaptation import Adapter, adapt, restore
+from defectlib.adaptation import adapt, restore
 from defectlib.attention import AttentionWeights, reweighted, selective_weights
-from defectlib.backbone import Backbone
+from defectlib.backbone import ENCODE_BATCH, Backbone
 from defectlib.control import denoising_loss, embedded_once, new_controlnet
 from defectlib.diffusion import denoise, dilated, noise_like, reach, to_latents
 from defectlib.fusion import fuse
 from defectlib.masks import alignment
 from defectlib.methods.base import MethodConfig, load_shots, register, save_shots
-from defectlib.training import FitSettings, fit
+from defectlib.training import Curve, FitSettings, State, fit
 from defectlib.types import Request, Sample, Shot
 
 # Keeps the positions that a group's fusion draws apart from the noise of its first sample, whose seed names the group.
@@ -55,7 +56,9 @@ RELEASED_REFERENCE = 0.3
 
 
 class DefectSynthConfig(MethodConfig):
-    """The paper's values are the defaults; its ablations are ``sae`` and ``sff``.
+    """The paper's values are the defaults but for SAE's form and SFF's reach; its ablations are ``sae`` and ``sff``.
+
+    Where the paper is silent the fit loop's own values hold: gradients are clipped to norm 1 (``training``).
 
     Attributes:
         epochs: Passes over the shots; ``steps`` replaces them where it is given. After 0 steps the ControlNet has no
@@ -68,9 +71,11 @@ class DefectSynthConfig(MethodConfig):
             none at t = 0. The paper gives none; 8 cells of 64 are the released code's at 20 steps, 16 at its own 50.
         guidance_scale: 1 is no classifier-free guidance, as released.
         batch_size: Requests a call of the model; short batches are padded, so that a sample depends on itself alone.
+            At most what the VAE takes at once.
         sae_softmax: Equation 7's softmax over the mask's pixels, or over all as printed.
-        sae_cap: Largest weight: 2 is the released code's range. None leaves the heavy tail that Equation 7 has;
-            ``04_methods`` draws both.
+        sae_cap: Largest weight: 2 is the released code's range. None leaves the tail of Equation 7, whose largest
+            weight is some 70 on Stable Diffusion's 64 x 64 cells and a few on the 16 x 16 of ``tiny``. There
+            ``04_methods`` counts no damage in either form: the limit is a precaution for the larger grid, no finding.
         sff_within: Fuse features inside the mask ("in the generated defective regions", Section III-E, and the
             released code), or anywhere, as Equation 9 is printed: that changes the background too.
     """
@@ -98,7 +103,7 @@ class DefectSynthConfig(MethodConfig):
     controlnet_scale: float = Field(1.0, ge=0)
     guidance_scale: float = Field(1.0, ge=1)
     dilation: float = Field(0.125, ge=0, le=1)
-    batch_size: int = Field(4, ge=1)
+    batch_size: int = Field(4, ge=1, le=ENCODE_BATCH)
     sae: bool = True
     sae_form: Literal["paper", "released"] = "paper"
     sae_softmax: Literal["mask", "image"] = "mask"
@@ -147,9 +152,9 @@ class DefectSynth:
         if backbone is None:
             raise ValueError("DefectSynth needs a base model: give backbone.load('tiny') or 'sd15'")
         self.config, self.base, self.backbone = config, backbone, backbone
-        self.adapter: Adapter = {}
+        self.adapter: State = {}
         self.shots: list[Shot] = []
-        self.curve: list[tuple[int, float]] = []
+        self.curve: Curve = []
         self.controlnet: ControlNetModel | None = None
         self._latents: dict[tuple[str, str], Tensor] = {}
 
@@ -168,8 +173,6 @@ class DefectSynth:
                 f"there is no prompt for the defect {lacking[0]}: name it in the category's parameter file"
             )
         config, self.shots, self._latents = self.config, list(shots), {}
-        if config.gradient_checkpointing:  # gradients pass through the frozen decoder too
-            self.base.unet.enable_gradient_checkpointing()
         if config.adapt_steps:
             self._adapt(normals, seed, workdir / "adaptation")
         base = self.backbone
@@ -185,6 +188,7 @@ class DefectSynth:
         net = new_controlnet(base, seed)
         if config.gradient_checkpointing:
             net.enable_gradient_checkpointing()
+            base.unet.enable_gradient_checkpointing()  # gradients pass through the frozen decoder too
 
         def loss(items: Tensor, generator: torch.Generator) -> Tensor:
             return denoising_loss(net, base, latents[items], text[items], hints[items], weights[items], generator)
@@ -192,7 +196,10 @@ class DefectSynth:
         self.curve = []
         if config.steps != 0:
             settings = config.fit_settings(len(latents))
-            self.curve = fit(net, loss, len(latents), settings, seed=seed, folder=workdir / "checkpoints")
+            try:
+                self.curve = fit(net, loss, len(latents), settings, seed=seed, folder=workdir / "checkpoints")
+            finally:
+                base.unet.disable_gradient_checkpointing()  # others draw with this base model
         self.controlnet = net.eval().requires_grad_(False)
         shutil.rmtree(workdir / "adaptation", ignore_errors=True)
 

@@ -188,3 +188,14 @@ def test_place_agrees_with_trying_every_corner():
 def test_place_refuses_an_empty_patch():
     with pytest.raises(ValueError, match="empty patch"):
         random.place(torch.zeros(1, 2, 2, dtype=torch.bool), FOREGROUND, rng())
+
+
+def test_what_fits_nowhere_is_cut_and_never_empty():
+    """A ring's middle is not in it."""
+    rows, columns = torch.meshgrid(torch.arange(64), torch.arange(64), indexing="ij")
+    radius = ((rows - 32) ** 2 + (columns - 32) ** 2).float().sqrt()
+    ring, blob = ((radius >= 20) & (radius < 24))[None], (radius < 6)[None]
+    corner = random.centred(blob, ring)
+    assert (random.at(blob, corner, (64, 64)) & ring).any()
+    everywhere = torch.ones(1, 64, 64, dtype=torch.bool)
+    assert random.centred(blob[:, 26:39, 26:39], everywhere) in {(25, 25), (25, 26), (26, 25), (26, 26)}

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from defectlib.control import embedded_once
+from defectlib.control import denoising_loss, embedded_once
 from defectlib.diffusion import reach, to_latents
+from defectlib.methods import defectsynth
 from defectlib.methods.defectsynth import DefectSynth, DefectSynthConfig
 from defectlib.types import Request, Shot
 
@@ -141,9 +142,39 @@ def test_training_options_change_the_weights_or_do_not(untrained, tmp_path):
 
     plain = weights()
     assert torch.equal(weights(gradient_checkpointing=True), plain), "the same sums, made twice"
-    untrained.unet.disable_gradient_checkpointing()
+    assert not untrained.unet.is_gradient_checkpointing, "others draw with this base model"
     assert not torch.equal(weights(mask_weight=5.0), plain) and not torch.equal(weights(flips=True), plain)
     assert 0 < (weights(precision="bf16") - plain).abs().max() < 0.01
+
+
+def test_a_killed_fit_ends_at_the_same_bits(untrained, tmp_path, monkeypatch):
+    def fitted(folder, killed_at=None):
+        calls = []
+
+        def loss(*arguments):
+            calls.append(arguments)
+            if len(calls) == killed_at:
+                raise KeyboardInterrupt
+            return denoising_loss(*arguments)
+
+        monkeypatch.setattr(defectsynth, "denoising_loss", loss)
+        method = DefectSynth(DefectSynthConfig(**QUICK | {"steps": 4, "learning_rate": 1e-3}), untrained)
+        method.fit(SHOTS, [], prompts=PROMPTS, seed=0, workdir=folder)
+        return len(calls), torch.cat([p.flatten() for p in method.controlnet.parameters()])
+
+    _, whole = fitted(tmp_path / "a")
+    with pytest.raises(KeyboardInterrupt):
+        fitted(tmp_path / "b", killed_at=4)
+    state = torch.get_rng_state()
+    steps, resumed = fitted(tmp_path / "b")
+    assert steps == 1 and torch.equal(resumed, whole)
+    assert torch.equal(torch.get_rng_state(), state), "a checkpoint does not move the caller's random numbers"
+
+
+def test_another_batch_size_moves_a_pixel_by_a_grey_level_at_most(fitted):
+    four = [request(k, group=k) for k in range(4)]
+    alone, together = (images(with_config(fitted, batch_size=size, sff=False), four) for size in (1, 4))
+    assert (alone - together).abs().max() <= 1 / 127.5
 
 
 def test_epochs_become_steps():
