@@ -247,12 +247,11 @@ def stage_files(job: Job) -> list[Path]:
     stage, asked = NOTEBOOKS[job.notebook][2], job.parameters
     if stage is None:
         return []
-    settings, runs_of = asked.settings(), [(name, seed) for name in asked.methods for seed in asked.seeds]
+    names = list(asked.methods)
     if job.notebook == "08_ablation":
-        few = asked.seeds[: settings.grid.variant_seeds]
-        runs_of += [(name, seed) for name in settings.variants_of(asked.methods) for seed in few]
+        names += asked.settings().variants_of(asked.methods)
     folder = asked.dataset_folder() / asked.category
-    return [folder / name / f"s{seed}" / f"{stage}.json" for name, seed in runs_of]
+    return [folder / name / f"s{seed}" / f"{stage}.json" for name in names for seed in asked.seeds]
 
 
 def withdraw_stale_receipts(graph: dict[str, Job]) -> list[str]:

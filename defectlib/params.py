@@ -99,14 +99,10 @@ class Variant(Strict):
 
 
 class Grid(Strict):
-    """How much of a data set a profile covers: the first categories and defects in order; None is all.
-
-    ``variant_seeds``: the ablation's variants are drawn for the first of the seeds alone, or for all.
-    """
+    """How much of a data set a profile covers: the first categories and defects in order; None is all."""
 
     categories: int | None
     defects: int | None
-    variant_seeds: int | None = None
 
 
 class Profile(Strict):
@@ -179,7 +175,7 @@ class Parameters(Strict):
         if self.split is not None:
             changes["data"] = settings.data.model_copy(update={"split": self.split})
         if self.grid == "full":
-            changes["grid"] = Grid(categories=None, defects=None, variant_seeds=settings.grid.variant_seeds)
+            changes["grid"] = Grid(categories=None, defects=None)
         return settings.model_copy(update=changes)
 
     def dataset_folder(self) -> Path:

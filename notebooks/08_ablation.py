@@ -17,8 +17,9 @@
 # # 8. Ablation: every part on and off
 #
 # A variant is a method with one thing changed: a field of its configuration, its source of masks, or all that the
-# paper's released code does differently. The profile lists them; none is a branch in this notebook. What is changed here
-# is read while drawing, so a variant draws with the same fit, for the same normals, from the same seeds as its method.
+# paper's released code does differently. The profile lists them; none is a branch in this notebook. Most of what is
+# changed is read while drawing: such a variant draws with its method's fit. All draw for the same normals, from the same seeds.
+# Groups are those of the profile for all of them; DefectSynth's released code draws in twos, where its fusion does nothing.
 #
 # The papers' ablations are Tables **V** (modules), **VI** (sources of masks) and **VII** (time of SAE), all about
 # DefectSynth on one category, wood. Ours stand beside them for the category of this run.
@@ -68,17 +69,16 @@ pd.DataFrame(rows, columns=["method", "variant", "what is changed"]).set_index([
 # %% [markdown]
 # ## Quality and time of each
 #
-# Averages over the category's defects and over the seeds that the profile draws variants for; the sd is over these seeds.
+# Averages over the category's defects and over the seeds; the sd is over the seeds, and `NaN` where there is one.
 # KID is times 1,000. A mask's IoU is its largest overlap with a real mask of the defect after the best turn and shift;
 # `NaN`: the method makes its own masks.
 
 # %%
 families = [[m, *(v for v in s.variants if s.settings.variants[v].of == m)] for m in s.methods]
 names = [name for family in families for name in family]
-shared = list(s.seeds[: s.settings.grid.variant_seeds])
-records = {(name, seed): stages.quality(s, name, seed) for name in names for seed in shared}
+records = {(name, seed): stages.quality(s, name, seed) for name in names for seed in s.seeds}
 results = study.results(p, [s.category])
-asked = results[results["method"].isin(names) & results["seed"].isin(shared)]
+asked = results[results["method"].isin(names)]
 seeds = asked.groupby(["method", "metric", "seed"])["value"].mean()
 mean, sd = seeds.groupby(level=[0, 1]).mean().unstack(), seeds.groupby(level=[0, 1]).std().unstack()
 q = s.settings.quality
