@@ -10,17 +10,21 @@ Two rules are stated here and nowhere else:
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from defectlib import paths
 
 IMAGE_FILTER = "PIL bicubic, antialiased"
 MASK_FILTER = "area >= 0.5/k, nearest when growing"
+NOTES = "defectlib"
+"""The PNG text chunk in which a drawn mask says how it came about."""
 
 Box = tuple[int, int, int, int]
 
@@ -133,12 +137,20 @@ def write_image(path: Path | str, image: Tensor) -> None:
     _write_png(path, Image.fromarray(to_uint8(image)))
 
 
-def write_mask(path: Path | str, mask: Tensor) -> None:
-    """Write bool (1, H, W) as a 0/255 grey PNG, by atomic rename."""
-    _write_png(path, Image.fromarray(mask[0].numpy().astype(np.uint8) * 255))
+def write_mask(path: Path | str, mask: Tensor, notes: dict[str, float | str] | None = None) -> None:
+    """Write bool (1, H, W) as a 0/255 grey PNG, by atomic rename; ``notes`` are kept in its text chunk."""
+    about = PngInfo()
+    if notes:
+        about.add_text(NOTES, json.dumps(notes))
+    _write_png(path, Image.fromarray(mask[0].numpy().astype(np.uint8) * 255), about)
 
 
-def _write_png(path: Path | str, image: Image.Image) -> None:
+def read_notes(path: Path | str) -> dict[str, float | str]:
+    """The notes that :func:`write_mask` put into a file; empty where there are none."""
+    return json.loads(open_pil(path).info.get(NOTES, "{}"))
+
+
+def _write_png(path: Path | str, image: Image.Image, about: PngInfo | None = None) -> None:
     buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
+    image.save(buffer, format="PNG", pnginfo=about)
     paths.write_bytes(path, buffer.getvalue())

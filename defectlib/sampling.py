@@ -99,7 +99,7 @@ def draw(method: Method, requests: Sequence[Request], folder: Path, progress: bo
             raise ValueError(f"{type(method).__name__} returned {len(samples)} samples for {len(group)} requests")
         for sample in samples:
             images.write_image(image_file(folder, sample.seed), sample.image)
-            images.write_mask(mask_file(folder, sample.seed), sample.mask)
+            images.write_mask(mask_file(folder, sample.seed), sample.mask, sample.notes)
     report = describe(requests, folder)
     paths.write_text(folder / "samples.csv", report.to_csv(index=False))
     return report
@@ -109,8 +109,9 @@ def describe(requests: Sequence[Request], folder: Path) -> pd.DataFrame:
     """One row a drawn sample: mask area (share of the image), components, mean absolute change against the normal.
 
     Changes are in 8-bit grey levels, inside and outside the mask; an unchanged inside means that nothing was drawn.
+    What a method noted of its masks follows, a column a note.
     """
-    rows = []
+    rows, notes = [], []
     for request in requests:
         image, mask = read_pair(folder, request.seed)
         grey = [images.to_uint8(picture).astype(np.int16) for picture in (image, request.normal)]
@@ -122,7 +123,8 @@ def describe(requests: Sequence[Request], folder: Path) -> pd.DataFrame:
             round(change[mask].mean().item(), 2) if mask.any() else 0.0,
             round(change[outside].mean().item(), 2) if outside.any() else 0.0,
         ])  # fmt: skip
-    return pd.DataFrame(rows, columns=COLUMNS)
+        notes.append(images.read_notes(mask_file(folder, request.seed)))
+    return pd.concat([pd.DataFrame(rows, columns=COLUMNS), pd.DataFrame(notes)], axis=1)
 
 
 def read_pair(folder: Path, seed: int) -> tuple[Tensor, Tensor]:

@@ -79,6 +79,10 @@ def sample(s: Study, method: str, seed: int) -> dict[str, Any]:
                 metrics.append(
                     {"metric": "mask_iou", "value": float(np.mean([mask_iou(m, real) for m in drawn])), **share}
                 )
+        if "drawing" in report:
+            again = report["drawing"] - 1
+            most = {"n_generated": len(report), "most_for_one": int(again.max())}
+            metrics.append({"metric": "pairs_redrawn", "value": float(again.sum()), "protocol": most})
         if source is not None:
             reasons = {"n_generated": len(report), "reasons": dict(refused)}
             metrics.append({"metric": "masks_refused", "value": float(refused.total()), "protocol": reasons})

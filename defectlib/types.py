@@ -5,7 +5,7 @@ Images are float32 RGB in [-1, 1] of shape (3, H, W); masks are bool of shape (1
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -68,7 +68,10 @@ class Request:
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """What was drawn; ``mask`` is what downstream models train on."""
+    """What was drawn; ``mask`` is what downstream models train on.
+
+    ``notes`` say how the mask came about where the method drew it; they are written with the mask.
+    """
 
     image: Tensor
     mask: Tensor
@@ -76,6 +79,7 @@ class Sample:
     defect: str
     seed: int
     group: int
+    notes: dict[str, float | str] = field(default_factory=dict)
 
     def __post_init__(self):
         check_image(self.image, f"sample {self.seed}")

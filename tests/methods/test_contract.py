@@ -30,6 +30,7 @@ NORMALS = [surface(k) for k in range(4)]
 # Fewer steps than the papers' for what is trained; a method that is not named here runs with its defaults.
 QUICK = {
     "defectsynth": {"steps": 2, "train_batch_size": 2, "num_inference_steps": 2, "batch_size": 2},
+    "dualanodiff": {"steps": 2, "train_batch_size": 2, "rank": 4, "num_inference_steps": 2, "batch_size": 2},
 }
 
 

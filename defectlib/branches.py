@@ -1,0 +1,261 @@
+"""DualAnoDiff's two branches in one UNet: LoRA routed by branch, interaction (SAIM), background compensation (BCM).
+
+A batch holds the rows of the image branch first, then as many rows of the part branch. Both go through one frozen UNet
+in one pass: every attention projection adds the LoRA of the row's own branch, after every attention layer the two rows
+of a pair exchange what they hold at the same position (SAIM), and the self-attention of image rows may read a
+background (BCM).
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Sequence
+
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+PROJECTIONS = ["to_q", "to_k", "to_v", "to_out.0"]
+BRANCHES = ("image", "part")
+BASE = "__base__"
+"""peft's name for a row that takes no LoRA."""
+
+
+def pair_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Attention between the two rows of each pair, position by position, in closed form.
+
+    A softmax over two logits is a sigmoid of their difference, so softmax(q K^T / sqrt(C)) V is
+    v_partner + sigmoid(q (k_own - k_partner) / sqrt(C)) (v_own - v_partner).
+
+    Args:
+        query: (2 N, L, C); row i and row N + i are a pair.
+        key: The same shape.
+        value: The same shape.
+    """
+    partner_key, partner_value = (torch.roll(x, len(x) // 2, 0) for x in (key, value))
+    logit = (query * (key - partner_key)).sum(-1, keepdim=True) / query.shape[-1] ** 0.5
+    return torch.lerp(partner_value, value, torch.sigmoid(logit))
+
+
+class Interaction(nn.Module):
+    """SAIM after one attention layer: what is added to its output, (2 N, L, C) to the same.
+
+    LayerNorm, a projection, attention over the two branches at each position, a projection: 5 C^2 + 7 C parameters.
+
+    Args:
+        width: C.
+        zero: Start without effect; the released code starts with random values and so disturbs the frozen model.
+    """
+
+    def __init__(self, width: int, zero: bool = True) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.enter, self.query, self.key, self.value, self.leave = (nn.Linear(width, width) for _ in range(5))
+        if zero:
+            nn.init.zeros_(self.leave.weight)
+            nn.init.zeros_(self.leave.bias)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """What the pair adds to ``hidden``."""
+        entered = self.enter(self.norm(hidden))
+        return self.leave(pair_attention(self.query(entered), self.key(entered), self.value(entered)))
+
+
+class Compensation(nn.Module):
+    """BCM before one self-attention: a background's input z_b to the same layer joins that of the image branch.
+
+    The paper's form gives the layer phi(z) + gamma MLP(phi(z_b)), gamma learned from 0.1. The released code gives its
+    keys and values alone (1 - gamma) z + gamma MLP(z_b), gamma learned from 0, its MLP without the ReLU between.
+
+    Args:
+        width: C of the layer.
+        released: The released form.
+    """
+
+    WIDTH, GAMMA = 320, 0.1
+
+    def __init__(self, width: int, released: bool = False) -> None:
+        super().__init__()
+        self.released = released
+        between = nn.Identity() if released else nn.ReLU()
+        self.mlp = nn.Sequential(nn.Linear(width, self.WIDTH), between, nn.Linear(self.WIDTH, width))
+        self.gamma = nn.Parameter(torch.tensor(0.0 if released else self.GAMMA))
+
+    def forward(self, hidden: Tensor, background: Tensor) -> tuple[Tensor, Tensor]:
+        """What queries and what keys and values are made of, each (2 N, L, C).
+
+        Args:
+            hidden: The layer's input, (2 N, L, C); the second half, the part branch, is left as it is.
+            background: z_b, (M, L, C) with N a multiple of M; they repeat as a whole.
+        """
+        image, part = hidden.chunk(2)
+        added = self.gamma * self.mlp(background).repeat(len(image) // len(background), 1, 1)
+        if self.released:
+            return hidden, torch.cat([(1 - self.gamma) * image + added, part])
+        joined = torch.cat([image + added, part])
+        return joined, joined
+
+
+class BranchProcessor(nn.Module):
+    """The attention processor of one layer: compensation, the stock attention, interaction.
+
+    Attributes:
+        alone: True while backgrounds go through the base model: neither module acts, and ``seen`` is noted.
+        seen: The layer's input of the last background pass, where it has compensation.
+        background: What compensation reads, or None.
+    """
+
+    def __init__(self, interaction: Interaction | None, compensation: Compensation | None) -> None:
+        super().__init__()
+        self.interaction, self.compensation = interaction, compensation
+        self.alone, self.seen, self.background = False, None, None
+
+    def forward(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+    ) -> Tensor:
+        """Attention of ``hidden_states`` (2 N, L, C) to itself or to the text."""
+        itself = encoder_hidden_states is None
+        if self.alone and itself and self.compensation is not None:
+            self.seen = hidden_states
+        elif self.background is not None and itself:
+            hidden_states, encoder_hidden_states = self.compensation(hidden_states, self.background)
+        output = AttnProcessor2_0()(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
+        return output if self.alone or self.interaction is None else output + self.interaction(output)
+
+
+class BranchUNet(nn.Module):
+    """A frozen UNet with two branches; what is trained is LoRA, SAIM and BCM.
+
+    Args:
+        unet: The base model's; a copy is changed, itself it is left alone.
+        rank: Of LoRA, whose scale is 1.
+        seed: Of all initial weights.
+        interaction: With SAIM.
+        compensation: With BCM.
+        released: SAIM and BCM as in the released code, where cross-attention carries an MLP that nothing reads.
+    """
+
+    def __init__(
+        self,
+        unet: UNet2DConditionModel,
+        rank: int,
+        seed: int,
+        *,
+        interaction: bool = True,
+        compensation: bool = False,
+        released: bool = False,
+    ) -> None:
+        super().__init__()
+        self.unet = copy.deepcopy(unet).requires_grad_(False)
+        self._alone = False
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            # Adapters first, processors last: adding an adapter may reset processors (huggingface/diffusers#6966).
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Already found a `peft_config`")  # two adapters are what is wanted
+                for name in BRANCHES:
+                    self.unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=PROJECTIONS), name)
+            self.unet.set_adapter(list(BRANCHES))
+            self.unet.set_attn_processor({
+                f"{name}.processor": BranchProcessor(
+                    Interaction(layer.query_dim, zero=not released) if interaction else None,
+                    Compensation(layer.query_dim, released)
+                    if compensation and (released or not layer.is_cross_attention) else None,
+                )
+                for name, layer in self.unet.named_modules() if isinstance(layer, Attention)
+            })  # fmt: skip
+        for layer in self.unet.modules():
+            if isinstance(layer, LoraLayer):
+                layer.register_forward_pre_hook(self._route, with_kwargs=True)
+        self.to(unet.device)
+        self.check()
+
+    def _route(self, _: nn.Module, arguments: tuple, named: dict) -> tuple[tuple, dict]:
+        """Every row takes the LoRA of its branch; without a route peft would add up both branches' in every row."""
+        rows = len(arguments[0])
+        if self._alone:
+            names = [BASE] * rows
+        elif rows % 2:
+            raise ValueError(f"{rows} rows are no pairs: give the image branch's, then as many of the part branch")
+        else:
+            names = [name for name in BRANCHES for _ in range(rows // 2)]
+        return arguments, named | {"adapter_names": names}
+
+    @property
+    def processors(self) -> list[BranchProcessor]:
+        """Of all attention layers."""
+        return [m.processor for m in self.unet.modules() if isinstance(m, Attention)]
+
+    def check(self) -> None:
+        """Raise RuntimeError where a layer lost its processor or a projection its LoRA, as helper calls may do."""
+        lost = sum(not isinstance(processor, BranchProcessor) for processor in self.processors)
+        routed, wanted = [m for m in self.unet.modules() if isinstance(m, LoraLayer)], 4 * len(self.processors)
+        if lost or len(routed) != wanted:
+            raise RuntimeError(
+                f"{lost} attention layers lost their processor, {len(routed)} of {wanted} projections have LoRA"
+            )
+        if any(set(m.active_adapters) != set(BRANCHES) for m in routed):
+            raise RuntimeError("one branch's LoRA is not active: it would be frozen, and left out of the prediction")
+
+    @torch.no_grad()
+    def look(self, latents: Tensor, timesteps: Tensor, text: Tensor) -> list[Tensor]:
+        """The self-attention inputs of backgrounds in the frozen base model, for BCM.
+
+        Args:
+            latents: Noisy latents of M backgrounds, (M, C, h, w).
+            timesteps: A scalar, or (M,).
+            text: (M, L, D).
+
+        Returns:
+            (M, L, C) for each layer that has compensation and is no cross-attention, in their order.
+        """
+        self._turn(alone=True)
+        try:
+            self.unet(latents, timesteps, text)
+            return [processor.seen for processor in self.processors if processor.seen is not None]
+        finally:
+            self._turn(alone=False)
+
+    def _turn(self, *, alone: bool) -> None:
+        self._alone = alone
+        for processor in self.processors:
+            processor.alone, processor.seen, processor.background = alone, None, None
+
+    def forward(
+        self, noisy: Tensor, timesteps: Tensor, text: Tensor, background: Sequence[Tensor] | None = None
+    ) -> Tensor:
+        """What both branches predict, (2 N, C, h, w).
+
+        Args:
+            noisy: Latents (2 N, C, h, w), the image branch first; row i and row N + i are a pair.
+            timesteps: A scalar, or (2 N,).
+            text: (2 N, L, D).
+            background: What :meth:`look` returned, for M backgrounds; N is a multiple of M, and they repeat as a whole.
+
+        Raises:
+            ValueError: The branches have BCM and no background is given, or the other way round; or the rows are odd.
+        """
+        reading = [p for m in self.unet.modules() if isinstance(m, Attention) and not m.is_cross_attention
+                   for p in [m.processor] if p.compensation is not None]  # fmt: skip
+        if len(background or []) != len(reading):
+            raise ValueError("a background is given exactly where the branches are fitted with background compensation")
+        for processor, seen in zip(reading, background or [], strict=True):
+            processor.background = seen  # kept after the call: gradient checkpointing computes the layer again
+        return self.unet(noisy, timesteps, text).sample
+
+    def counts(self) -> dict[str, int]:
+        """How many parameters LoRA, SAIM and BCM have."""
+        parts = {"LoRA": ".lora_", "SAIM": ".interaction.", "BCM": ".compensation."}
+        return {
+            part: sum(value.numel() for name, value in self.named_parameters() if key in name)
+            for part, key in parts.items()
+        }

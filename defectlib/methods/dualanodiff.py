@@ -1,0 +1,402 @@
+"""DualAnoDiff (paper 003; CVPR 2025): an anomaly image and its anomaly part drawn together; the mask is the part's.
+
+Two branches of one frozen latent diffusion model (``branches``): the image, with "a vfx with sks", and the part, the
+image times its mask on mid-grey, with "sks". They share the timestep and have noise of their own. One model is trained
+a category and defect. The normal image of a request is not drawn on: with background compensation it lends its
+background, without it is not looked at.
+
+Where the released code (yinyjin/DualAnoDiff) differs, :meth:`DualAnoDiffConfig.as_released` names it, but for the last
+rows, which are never followed:
+
+====================  ==========================================  =======================================
+what                  here                                        released
+====================  ==========================================  =======================================
+SAIM's last layer     zero, so that training starts at the base   random
+BCM                   joins all of a self-attention's input,      joins keys and values, gamma from 0,
+                      gamma from 0.1, ReLU between                linear; a second, unread MLP beside
+background latents    scaled by the VAE's factor                  unscaled
+--------------------  ------------------------------------------  ---------------------------------------
+scheduler             the base model's noise schedule, DDIM       PNDM
+unconditional rows    the same background as conditional ones     latents of a zero image
+mask                  the part's departure from grey              U^2-Net on the part, at 0.5
+====================  ==========================================  =======================================
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import numpy as np
+import safetensors.torch
+import torch
+from peft import LoraConfig
+from pydantic import Field
+from torch import Tensor, nn
+
+from defectlib import paths
+from defectlib.backbone import ENCODE_BATCH, Backbone, tokenize
+from defectlib.branches import BranchUNet
+from defectlib.diffusion import denoise, noise_like, noised
+from defectlib.images import resize_image, resize_mask
+from defectlib.masks.extraction import FLOOR, extract
+from defectlib.masks.trimap import foreground
+from defectlib.methods.base import MethodConfig, register
+from defectlib.training import Curve, FitSettings, State, fit, once
+from defectlib.types import Request, Sample, Shot
+
+PROMPTS = ("a vfx with sks", "sks")
+TURNS = ((), (-1,), (-2,), (-2, -1))
+# Keep the part's and the background's noise apart from the image's, and every redrawing from the one before.
+PART, BACKGROUND, AGAIN = 0x9A27, 0xBAC6, 0x100_0000_0001
+
+
+class DualAnoDiffConfig(MethodConfig):
+    """The paper's values are the defaults; its ablations are ``interaction`` (SAIM) and ``compensation`` (BCM).
+
+    Attributes:
+        rank: Of LoRA in the UNet, one adapter a branch, and in the text encoder, one for both prompts.
+        compensation: The paper trains with it at batch 2 and draws in 50 steps with guidance 2.0.
+        flips: Also train on every shot mirrored both ways and turned by half.
+        crops: Random square crops a shot that are added to it, the same for image and part, before the flips.
+        crop_side: Their least side, as a share of the image's; each holds half of the defect or more.
+        released: SAIM and BCM as in the released code, see :meth:`as_released`.
+        floor: Least departure from grey that is defect, see ``masks.extraction``.
+        attempts: Drawings at most until the part holds a defect that does not fill it.
+        batch_size: Pairs a call of the model; short batches are padded, so that a sample depends on itself alone.
+            At most half of what the VAE takes at once.
+    """
+
+    DRAWING: ClassVar[tuple[str, ...]] = ("num_inference_steps", "guidance_scale", "floor", "attempts", "batch_size")
+
+    steps: int = Field(5000, ge=1)
+    train_batch_size: int = Field(4, ge=1)
+    learning_rate: float = Field(2e-5, gt=0)
+    rank: int = Field(32, ge=1)
+    interaction: bool = True
+    compensation: bool = False
+    released: bool = False
+    flips: bool = True
+    crops: int = Field(0, ge=0)
+    crop_side: float = Field(0.8, gt=0, lt=1)
+    precision: Literal["no", "bf16"] = "no"
+    gradient_checkpointing: bool = False
+    num_inference_steps: int = Field(100, ge=1)
+    guidance_scale: float = Field(2.5, ge=1)
+    floor: float = Field(FLOOR, ge=0, lt=1)
+    attempts: int = Field(4, ge=1)
+    batch_size: int = Field(4, ge=1, le=ENCODE_BATCH // 2)
+
+    @classmethod
+    def as_released(cls, **changes) -> DualAnoDiffConfig:
+        """The released code's values, where they differ from the paper's."""
+        return cls(**{"released": True} | changes)
+
+
+class Dual(nn.Module):
+    """The base model with what one (category, defect) trains: both branches, and the text encoder's LoRA."""
+
+    def __init__(self, base: Backbone, config: DualAnoDiffConfig, seed: int) -> None:
+        super().__init__()
+        self.branches = BranchUNet(
+            base.unet, config.rank, seed,
+            interaction=config.interaction, compensation=config.compensation, released=config.released,
+        )  # fmt: skip
+        self.text_encoder = copy.deepcopy(base.text_encoder).requires_grad_(False)
+        projections = ["q_proj", "k_proj", "v_proj", "out_proj"]
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            lora = LoraConfig(r=config.rank, lora_alpha=config.rank, target_modules=projections)
+            self.text_encoder.add_adapter(lora, "text")
+        self.register_buffer("tokens", tokenize(base.tokenizer, [*PROMPTS, ""]), persistent=False)
+        if config.gradient_checkpointing:
+            self.branches.unet.enable_gradient_checkpointing()
+        self.to(base.device).eval()
+        # In one list without names that a module cannot have; a checkpoint then holds what is trained alone.
+        self.names = [name for name, value in self.named_parameters() if value.requires_grad]
+        own = dict(self.named_parameters())
+        self.trained = nn.ParameterList([own[name] for name in self.names])
+
+    def text(self) -> Tensor:
+        """The image's prompt, the part's, and the empty one, (3, L, D)."""
+        return self.text_encoder(self.tokens)[0]
+
+    def state(self) -> State:
+        """A copy on the CPU of all that is trained, by name."""
+        values = (value.detach().cpu().contiguous().clone() for value in self.trained)
+        return dict(zip(self.names, values, strict=True))
+
+    def take(self, state: State) -> None:
+        """Set what is trained to what :meth:`state` held.
+
+        Raises:
+            ValueError: It is of another rank, other parts (SAIM, BCM) or another base model.
+        """
+        own = dict(zip(self.names, self.trained, strict=True))
+        if {name: value.shape for name, value in state.items()} != {name: value.shape for name, value in own.items()}:
+            raise ValueError("these branches were fitted with another rank, other parts or another base: fit them anew")
+        with torch.no_grad():
+            for name, value in state.items():
+                own[name].copy_(value)
+
+
+def background(image: Tensor) -> Tensor:
+    """The image (3, H, W) without its object, which is mid-grey there: I_b = (1 - M_f) I.
+
+    All of it is grey where the surface fills the frame. The paper has M_f from U^2-Net, here it is ``masks.trimap``'s.
+    """
+    return image * ~foreground(image)
+
+
+def cropped(shot: Shot, side: float, rng: np.random.Generator) -> Shot:
+    """A random square window of a shot, its side at least this share of the image's, at the image's size again.
+
+    It holds half of the defect or more: of 32 windows the first that does, else the whole image.
+    """
+    size = shot.image.shape[-1]
+    for _ in range(32):
+        length = int(rng.integers(round(side * size), size + 1))
+        y, x = rng.integers(size - length + 1, size=2)
+        mask = shot.mask[:, y : y + length, x : x + length]
+        if 2 * mask.sum() >= shot.mask.sum():
+            image = resize_image(shot.image[:, y : y + length, x : x + length], size)
+            return Shot(image, resize_mask(mask, size), shot.category, shot.defect, shot.id)
+    return shot
+
+
+def training_pictures(shots: Sequence[Shot], config: DualAnoDiffConfig, seed: int) -> dict[str, Tensor]:
+    """What is learned from: "image", "part" and with compensation "background", (N, 3, H, W) each, row by row."""
+    crops = [
+        cropped(shot, config.crop_side, np.random.default_rng([seed, i, k]))
+        for i, shot in enumerate(shots) for k in range(config.crops)
+    ]  # fmt: skip
+    shots = [*shots, *crops]
+    pictures = {
+        "image": torch.stack([shot.image for shot in shots]),
+        "part": torch.stack([shot.image * shot.mask for shot in shots]),
+    }
+    if config.compensation:
+        pictures["background"] = torch.stack([background(shot.image) for shot in shots])
+    if config.flips:
+        pictures = {name: torch.cat([images.flip(turn) for turn in TURNS]) for name, images in pictures.items()}
+    return pictures
+
+
+def dual_loss(dual: Dual, base: Backbone, clean: dict[str, Tensor], generator: torch.Generator) -> Tensor:
+    """What a training step minimises: the mean over both branches of the base's own loss, eps-MSE in the paper.
+
+    Args:
+        dual: What is trained.
+        base: Its noise schedule and its empty prompt are used.
+        clean: x_0 of "image" and "part", and with compensation of "background", (N, C, h, w) each.
+        generator: A CPU generator: timesteps, one a pair, then the noise of each branch.
+    """
+    scheduler, n = base.scheduler, len(clean["image"])
+    timesteps = torch.randint(scheduler.config.num_train_timesteps, (n,), generator=generator)
+    rows = {name: noised(x, scheduler, generator, timesteps) for name, x in clean.items()}
+    noisy, target = (torch.cat([rows[name][i] for name in ("image", "part")]) for i in (0, 2))
+    timesteps = timesteps.to(noisy.device)
+    shown = None
+    if "background" in rows:
+        shown = dual.branches.look(rows["background"][0], timesteps, base.embed([""] * n))
+    text = dual.text()[:2].repeat_interleave(n, 0)
+    predicted = dual.branches(noisy, timesteps.repeat(2), text, shown)
+    return (predicted.float() - target).square().mean()
+
+
+@register("dualanodiff")
+class DualAnoDiff:
+    """See the module's docstring."""
+
+    Config = DualAnoDiffConfig
+    scope = "defect"
+    makes_masks = True
+    preserves_background = False
+    needs_backbone = True
+
+    def __init__(self, config: DualAnoDiffConfig, backbone: Backbone | None = None) -> None:
+        if backbone is None:
+            raise ValueError("DualAnoDiff needs a base model: give backbone.load('tiny') or 'sd15'")
+        self.config, self.backbone = config, backbone
+        self.states: dict[str, State] = {}
+        self.curves: dict[str, Curve] = {}
+        self._dual: Dual | None = None
+        self._holds = ""
+
+    def fit(
+        self, shots: Sequence[Shot], normals: Sequence[Tensor], *, prompts: dict[str, str], seed: int, workdir: Path
+    ) -> None:
+        """Train one model a defect; its prompts are the paper's, so ``prompts`` changes nothing.
+
+        Raises:
+            ValueError: There is no shot, a shot's mask covers the whole image, or compensation is asked for where no
+                image has a background.
+        """
+        if not shots:
+            raise ValueError("DualAnoDiff needs at least one shot of a defect to learn from")
+        if full := [shot for shot in shots if shot.mask.all()]:
+            raise ValueError(
+                f"the mask of shot {full[0].defect}/{full[0].id} covers the whole image: its part would be the image; "
+                "remove the pair or correct the mask"
+            )
+        self.backbone.latent_shape(shots[0].image.shape[-1])
+        if self.config.compensation and all(foreground(shot.image).all() for shot in shots):
+            raise ValueError(
+                f"compensation needs a background, and the surface of {shots[0].category} fills the frame: "
+                "set compensation to false"
+            )
+        self.states, self.curves = {}, {}
+        for defect in dict.fromkeys(shot.defect for shot in shots):
+            own = [shot for shot in shots if shot.defect == defect]
+            self.states[defect], self.curves[defect] = self._fit(defect, own, seed, workdir)
+        shutil.rmtree(workdir / "ended")
+        self._dual, self._holds = None, ""
+
+    def _fit(self, defect: str, shots: Sequence[Shot], seed: int, workdir: Path) -> tuple[State, Curve]:
+        """Train the model of one defect, or take it from where a killed run had ended it."""
+        config, base = self.config, self.backbone
+        pictures = training_pictures(shots, config, seed)
+
+        def train() -> tuple[State, Curve]:
+            latents = {name: self._encode(images, name) for name, images in pictures.items()}
+            dual = Dual(base, config, seed)
+
+            def loss(items: Tensor, generator: torch.Generator) -> Tensor:
+                return dual_loss(dual, base, {name: x[items] for name, x in latents.items()}, generator)
+
+            settings = FitSettings(
+                steps=config.steps, batch_size=config.train_batch_size, learning_rate=config.learning_rate,
+                precision=config.precision,
+            )  # fmt: skip
+            folder = workdir / "checkpoints" / defect
+            curve = fit(dual.trained, loss, len(latents["image"]), settings, seed=seed, folder=folder)
+            return dual.state(), curve
+
+        pixels = hashlib.sha256(b"".join(images.numpy().tobytes() for images in pictures.values())).hexdigest()
+        asked = [base.digest, config.fit_values(), pixels, seed]
+        return once(workdir / "ended" / f"{defect}.safetensors", asked, train)
+
+    def _encode(self, images: Tensor, name: str) -> Tensor:
+        """Latents; the released code forgets the VAE's factor for backgrounds."""
+        latents = self.backbone.encode(images)
+        unscaled = self.config.released and name == "background"
+        return latents / self.backbone.vae.config.scaling_factor if unscaled else latents
+
+    def dual(self, defect: str) -> Dual:
+        """The model of a defect; one at a time is held, the others' trained weights lie beside it."""
+        if defect not in self.states:
+            known = ", ".join(self.states)
+            raise ValueError(f"DualAnoDiff was fitted on {known or 'nothing'}, not on '{defect}'")
+        if self._dual is None:
+            self._dual = Dual(self.backbone, self.config, seed=0).requires_grad_(False)
+        if self._holds != defect:
+            self._dual.take(self.states[defect])
+            self._holds = defect
+        return self._dual
+
+    @torch.no_grad()
+    def sample(self, requests: Sequence[Request]) -> list[Sample]:
+        """Draw pairs; one whose part holds no defect, or nothing else, is drawn again, ``attempts`` times at most.
+
+        A sample's notes say at which threshold its mask was cut, what set it, and at which drawing it was kept.
+
+        Raises:
+            ValueError: A request asks for a defect that was not learned.
+        """
+        for defect in {request.defect for request in requests}:
+            self.dual(defect)
+        drawn: dict[int, Sample] = {}
+        for attempt in range(self.config.attempts):
+            left = [i for i in range(len(requests)) if i not in drawn or not _usable(drawn[i].mask)]
+            for defect in dict.fromkeys(requests[i].defect for i in left):
+                own = [i for i in left if requests[i].defect == defect]
+                for start in range(0, len(own), self.config.batch_size):
+                    part = own[start : start + self.config.batch_size]
+                    drawn |= zip(part, self._draw([requests[i] for i in part], attempt), strict=True)
+        return [drawn[i] for i in range(len(requests))]
+
+    def _draw(self, requests: Sequence[Request], attempt: int) -> list[Sample]:
+        """Up to ``batch_size`` pairs of one defect."""
+        images, parts = self.denoised(requests, attempt)
+        found = [extract(part, self.config.floor) for part in parts]
+        return [
+            Sample(
+                image, cut.mask, r.category, r.defect, r.seed, r.group,
+                {"threshold": round(cut.threshold, 4), "threshold_by": cut.by, "drawing": attempt + 1},
+            )
+            for image, cut, r in zip(images, found, requests, strict=True)
+        ]  # fmt: skip
+
+    def denoised(self, requests: Sequence[Request], attempt: int = 0, hooks: Sequence = ()) -> tuple[Tensor, Tensor]:
+        """Images and parts (N, 3, H, W) of up to ``batch_size`` requests of one defect; hooks see the batch padded."""
+        config, base, dual = self.config, self.backbone, self.dual(requests[0].defect)
+        padded = [*requests, *[requests[-1]] * (config.batch_size - len(requests))]
+        seeds = [request.seed + attempt * AGAIN for request in padded]
+        shape = base.latent_shape(padded[0].normal.shape[-1])
+        start = torch.cat([noise_like([seed ^ key for seed in seeds], shape) for key in (0, PART)]).to(base.device)
+        n, guided = len(padded), config.guidance_scale > 1
+        *words, nothing = dual.text()
+        kinds = [(nothing, word) if guided else (word,) for word in words]
+        text = torch.stack([word for kind in kinds for word in kind]).repeat_interleave(n, 0)
+        behind, of_row = self._backgrounds(padded) if config.compensation else (torch.empty(0), [])
+        murmur, empty = noise_like([BACKGROUND], shape).to(base.device), base.embed([""])
+
+        def predict(latents: Tensor, timestep: Tensor) -> Tensor:
+            copies = 2 if guided else 1
+            noisy = torch.cat([branch for branch in latents.chunk(2) for _ in range(copies)])
+            shown = None
+            if config.compensation:
+                # Each by itself, so that a sample does not depend on how many others share the call.
+                levels = [base.scheduler.add_noise(x[None], murmur, timestep[None]) for x in behind]
+                looks = [dual.branches.look(level, timestep, empty) for level in levels]
+                shown = [torch.cat(layer)[of_row] for layer in zip(*looks, strict=True)]
+            predicted = dual.branches(noisy, timestep, text, shown)
+            if not guided:
+                return predicted
+            without, with_text = predicted.unflatten(0, (2, 2, n)).unbind(1)
+            return (without + config.guidance_scale * (with_text - without)).flatten(0, 1)
+
+        final = denoise(predict, start, base.scheduler, config.num_inference_steps, hooks)
+        images, parts = base.decode(final).chunk(2)
+        return images[: len(requests)], parts[: len(requests)]
+
+    def _backgrounds(self, requests: Sequence[Request]) -> tuple[Tensor, list[int]]:
+        """Latents of the distinct backgrounds of a batch, and which of them each request has."""
+        keys = [request.normal.numpy().tobytes() for request in requests]
+        distinct = {key: request.normal for key, request in zip(keys, requests, strict=True)}
+        order = list(distinct)
+        latents = [self._encode(background(normal)[None], "background") for normal in distinct.values()]
+        return torch.cat(latents), [order.index(key) for key in keys]
+
+    def save(self, folder: Path) -> None:
+        """What was trained, a file a defect, and the configuration."""
+        for defect, state in self.states.items():
+            paths.write_bytes(folder / f"{defect}.safetensors", safetensors.torch.save(state))
+        described = {"config": self.config.model_dump(), "backbone": self.backbone.digest, "curves": self.curves}
+        paths.write_text(folder / "method.json", json.dumps(described, indent=1))
+
+    @classmethod
+    def load(cls, folder: Path, backbone: Backbone | None = None) -> DualAnoDiff:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            ValueError: It was fitted on another base model, or with another rank or other parts.
+        """
+        described = json.loads((folder / "method.json").read_text())
+        method = cls(cls.Config(**described["config"]), backbone)
+        if described["backbone"] != backbone.digest:
+            raise ValueError(f"{folder} was fitted on another base model than '{backbone.name}': fit it anew")
+        for defect, curve in described["curves"].items():
+            method.states[defect] = safetensors.torch.load_file(folder / f"{defect}.safetensors")
+            method.curves[defect] = [tuple(point) for point in curve]
+            method.dual(defect)
+        return method
+
+
+def _usable(mask: Tensor) -> bool:
+    return bool(mask.any()) and not bool(mask.all())

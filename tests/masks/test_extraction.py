@@ -1,0 +1,43 @@
+import pytest
+import torch
+
+from defectlib.masks.extraction import FLOOR, extract
+
+
+def grey(noise=0.02, seed=0):
+    return noise * torch.randn(3, 64, 64, generator=torch.Generator().manual_seed(seed))
+
+
+def test_a_part_without_a_defect_gives_an_empty_mask():
+    found = extract(grey())
+    assert not found.mask.any() and found.by == "floor" and found.threshold == FLOOR
+    assert not extract(torch.zeros(3, 64, 64)).mask.any()
+
+
+@pytest.mark.parametrize("level", [-0.8, -0.3, 0.5])
+def test_a_defect_of_any_tone_is_found_to_the_pixel(level):
+    part, truth = grey(), torch.zeros(1, 64, 64, dtype=torch.bool)
+    truth[0, 20:30, 24:50] = True
+    part[:, truth[0]] += level
+    assert torch.equal(extract(part).mask, truth)
+
+
+def test_a_faint_halo_around_a_strong_defect_is_cut_off_by_otsu():
+    part, core = grey(), torch.zeros(1, 64, 64, dtype=torch.bool)
+    part[:, 18:42, 18:42] = 0.2
+    core[0, 20:40, 20:40] = True
+    part[:, core[0]] = 0.9
+    found = extract(part)
+    assert torch.equal(found.mask, core) and found.by == "otsu" and found.threshold > 0.2
+
+
+def test_one_coloured_channel_is_enough():
+    part = grey()
+    part[2, 10:20, 10:20] = 0.7
+    assert extract(part).mask.sum() == 100
+
+
+def test_specks_are_dropped_and_second_pieces_stay():
+    part = grey()
+    part[:, 5:25, 5:25] = part[:, 40:50, 40:50] = part[:, 60, 60] = -0.9
+    assert extract(part).mask.sum() == 500

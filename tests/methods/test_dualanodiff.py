@@ -1,0 +1,180 @@
+"""DualAnoDiff on an untrained base model: what it learns from, what it draws, and each fault in one sentence."""
+
+import numpy as np
+import pytest
+import torch
+
+from defectlib.methods import dualanodiff
+from defectlib.methods.dualanodiff import DualAnoDiff, DualAnoDiffConfig, cropped, training_pictures
+from defectlib.types import Request, Shot
+
+QUICK = {"steps": 2, "train_batch_size": 2, "rank": 4, "num_inference_steps": 2, "batch_size": 2}
+
+
+def normal(seed=0):
+    """A dark square on a light, plain background, so that there is a foreground."""
+    image = 0.7 + 0.02 * torch.randn(3, 64, 64, generator=torch.Generator().manual_seed(seed))
+    image[:, 16:48, 16:48] -= 1.0
+    return image.clamp(-1, 1)
+
+
+def shot(k=0):
+    mask = torch.zeros(1, 64, 64, dtype=torch.bool)
+    mask[0, 24 + k : 30 + k, 20:40] = True
+    return Shot(torch.where(mask, torch.tensor(0.9), normal(k)), mask, "plate", "hole", f"{k}")
+
+
+SHOTS = [shot(k) for k in range(3)]
+
+
+def request(seed, of=0):
+    return Request(normal(of), None, "plate", "hole", "a plate with a hole", seed, seed)
+
+
+@pytest.fixture(scope="module")
+def fit(untrained, tmp_path_factory):
+    def fitted(**changes):
+        method = DualAnoDiff(DualAnoDiffConfig(**QUICK | changes), untrained)
+        method.fit(SHOTS, [], prompts={}, seed=0, workdir=tmp_path_factory.mktemp("fit"))
+        return method
+
+    return fitted
+
+
+@pytest.fixture(scope="module")
+def fitted(fit):
+    return fit()
+
+
+def test_a_part_is_the_defect_on_mid_grey_and_turns_with_its_image():
+    pictures = training_pictures(SHOTS, DualAnoDiffConfig(compensation=True), 0)
+    assert {name: x.shape for name, x in pictures.items()} == dict.fromkeys(
+        ("image", "part", "background"), (12, 3, 64, 64)
+    )
+    masks = torch.cat([torch.stack([s.mask for s in SHOTS]).flip(turn) for turn in dualanodiff.TURNS])
+    assert torch.equal(pictures["part"], pictures["image"] * masks)
+    inside = pictures["background"][:, :, 20:44, 20:44]
+    assert (inside == 0).all() and torch.equal(pictures["background"][..., :8], pictures["image"][..., :8])
+
+
+def test_a_crop_is_the_same_for_image_and_part():
+    config = DualAnoDiffConfig(crops=3, flips=False)
+    pictures = training_pictures(SHOTS, config, 0)
+    assert len(pictures["image"]) == 12 and torch.equal(pictures["image"][:3], torch.stack([s.image for s in SHOTS]))
+    again, other = training_pictures(SHOTS, config, 0), training_pictures(SHOTS, config, 1)
+    assert torch.equal(pictures["image"], again["image"]) and not torch.equal(pictures["image"], other["image"])
+    for image, part in zip(pictures["image"][3:], pictures["part"][3:], strict=True):
+        drawn = part.abs().amax(0) > 0
+        assert drawn.sum() >= 0.5 * SHOTS[0].mask.sum() and torch.equal(part, image * drawn)
+
+
+def test_a_crop_keeps_the_defect_or_is_the_whole_image():
+    rng = np.random.default_rng(0)
+    corners = torch.zeros(1, 64, 64, dtype=torch.bool)
+    corners[0, :4, :4] = corners[0, -4:, -4:] = corners[0, :4, -4:] = corners[0, -4:, :4] = True
+    wide = Shot(normal(), corners, "plate", "hole", "wide")
+    assert cropped(wide, 0.3, rng).image.shape == (3, 64, 64) and cropped(wide, 0.3, rng).mask.any()
+
+
+def test_without_guidance_or_with_another_a_picture_changes(fitted):
+    usual = fitted.sample([request(1)])[0].image
+    for changes in ({"guidance_scale": 1.0}, {"guidance_scale": 4.0}, {"num_inference_steps": 3}):
+        other = DualAnoDiff(fitted.config.model_copy(update=changes), fitted.backbone)
+        other.states = fitted.states
+        assert not torch.equal(other.sample([request(1)])[0].image, usual)
+
+
+def test_the_normal_is_looked_at_with_compensation_alone(fit, fitted):
+    one, other = (fitted.sample([request(1, of)])[0].image for of in (0, 1))
+    assert torch.equal(one, other)
+    compensated = fit(compensation=True)
+    both = [compensated.sample([request(1, of)])[0].image for of in (0, 1)]
+    assert not torch.equal(*both)
+    together = compensated.sample([request(1, 0), request(2, 1)])
+    assert torch.equal(together[0].image, both[0]), "another background in the batch changes nothing"
+
+
+@pytest.mark.parametrize("compensation", [False, True])
+def test_as_released_draws_otherwise(fit, compensation):
+    ours, released = (fit(compensation=compensation, released=value) for value in (False, True))
+    assert not torch.equal(ours.sample([request(1)])[0].image, released.sample([request(1)])[0].image)
+    assert DualAnoDiffConfig.as_released(rank=8) == DualAnoDiffConfig(released=True, rank=8)
+
+
+def test_the_masks_threshold_is_noted(fitted):
+    notes = fitted.sample([request(1)])[0].notes
+    assert notes["threshold_by"] in ("otsu", "floor") and notes["drawing"] == 1
+    assert notes["threshold"] >= fitted.config.floor
+
+
+def test_empty_and_full_masks_are_drawn_again_up_to_a_bound(fitted, monkeypatch):
+    calls = []
+    masks = {1: torch.zeros(1, 64, 64, dtype=torch.bool), 2: torch.ones(1, 64, 64, dtype=torch.bool)}
+
+    def denoised(requests, attempt=0, hooks=()):
+        calls.append([(r.seed, attempt) for r in requests])
+        parts = torch.stack([
+            torch.where(masks[r.seed] if attempt < r.seed else SHOTS[0].mask, 0.9, 0.0).expand(3, -1, -1)
+            for r in requests
+        ])  # fmt: skip
+        return parts, parts
+
+    monkeypatch.setattr(fitted, "denoised", denoised)
+    samples = fitted.sample([request(1), request(2)])
+    assert calls == [[(1, 0), (2, 0)], [(1, 1), (2, 1)], [(2, 2)]]
+    assert [s.notes["drawing"] for s in samples] == [2, 3]
+    assert all(torch.equal(s.mask, SHOTS[0].mask) for s in samples)
+    monkeypatch.setattr(fitted, "config", fitted.config.model_copy(update={"attempts": 1}))
+    calls.clear()
+    samples = fitted.sample([request(1), request(2)])
+    assert len(calls) == 1 and not samples[0].mask.any() and samples[1].mask.all(), "kept as they are, to be counted"
+
+
+def test_a_redrawing_starts_from_other_noise(fitted):
+    first, second = (fitted.denoised([request(1)], attempt)[0] for attempt in (0, 1))
+    assert not torch.equal(first, second)
+
+
+def test_a_fit_that_was_killed_keeps_the_defects_it_had_ended(untrained, tmp_path, monkeypatch):
+    second = [Shot(s.image, s.mask, s.category, "dent", s.id) for s in SHOTS]
+    trained = []
+    real = dualanodiff.fit
+
+    def killed(*arguments, **named):
+        trained.append(named["folder"].name)
+        if trained == ["hole", "dent"]:
+            raise KeyboardInterrupt
+        return real(*arguments, **named)
+
+    monkeypatch.setattr(dualanodiff, "fit", killed)
+    method = DualAnoDiff(DualAnoDiffConfig(**QUICK), untrained)
+    with pytest.raises(KeyboardInterrupt):
+        method.fit([*SHOTS, *second], [], prompts={}, seed=0, workdir=tmp_path)
+    method.fit([*SHOTS, *second], [], prompts={}, seed=0, workdir=tmp_path)
+    assert trained == ["hole", "dent", "dent"] and set(method.states) == set(method.curves) == {"hole", "dent"}
+    assert not (tmp_path / "ended").exists()
+    method.fit(SHOTS, [], prompts={}, seed=1, workdir=tmp_path)
+    assert trained[-1] == "hole", "another seed is another fit"
+
+
+def test_bad_input_is_one_sentence(untrained, fit, tmp_path):
+    method = DualAnoDiff(DualAnoDiffConfig(**QUICK), untrained)
+    full = Shot(SHOTS[0].image, torch.ones_like(SHOTS[0].mask), "plate", "hole", "007")
+    with pytest.raises(ValueError, match="hole/007 covers the whole image"):
+        method.fit([*SHOTS, full], [], prompts={}, seed=0, workdir=tmp_path)
+    noise = torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(0))
+    surface = Shot(noise, SHOTS[0].mask, "brick", "hole", "0")
+    with pytest.raises(ValueError, match="the surface of brick fills the frame"):
+        DualAnoDiff(DualAnoDiffConfig(**QUICK, compensation=True), untrained).fit(
+            [surface], [], prompts={}, seed=0, workdir=tmp_path
+        )
+    with pytest.raises(ValueError, match="fitted on nothing, not on 'hole'"):
+        method.sample([request(1)])
+    fit(rank=2).save(tmp_path)
+    text = (tmp_path / "method.json").read_text()
+    (tmp_path / "method.json").write_text(text.replace('"rank": 2', '"rank": 4'))
+    with pytest.raises(ValueError, match="another rank"):
+        DualAnoDiff.load(tmp_path, untrained)
+    (tmp_path / "method.json").write_text(text.replace(untrained.digest, "0"))
+    with pytest.raises(ValueError, match="another base model"):
+        DualAnoDiff.load(tmp_path, untrained)

@@ -1,0 +1,192 @@
+"""Two branches in one UNet: off, they are the plain UNet to the bit; on, each part does what its equation says."""
+
+import copy
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from torch.nn import functional as F
+
+from defectlib.branches import BranchUNet, Compensation, Interaction, pair_attention
+
+STEP = torch.tensor(500)
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def rows(base, n=2, seed=0):
+    """Noisy latents and text of n pairs."""
+    return normal(2 * n, 12, 16, 16, seed=seed), base.embed(["a vfx with sks"] * n + ["sks"] * n)
+
+
+def disturbed(branches, seed=0):
+    """The same with every trained value random: nothing starts at zero."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for value in branches.parameters():
+            if value.requires_grad:
+                value.copy_(0.1 * torch.randn(value.shape, generator=generator))
+    return branches
+
+
+def test_a_softmax_over_two_is_a_sigmoid():
+    q, k, v = (normal(6, 5, 8, seed=i) for i in range(3))
+    pairs = [x.view(2, 3, 5, 8).permute(1, 2, 0, 3) for x in (q, k, v)]  # (N, L, 2, C)
+    expected = F.scaled_dot_product_attention(*pairs).permute(2, 0, 1, 3).flatten(0, 1)
+    assert (pair_attention(q, k, v) - expected).abs().max() < 1e-6
+
+
+def test_with_the_partner_masked_out_interaction_is_its_one_token_form():
+    """A partner whose logit is -inf leaves softmax = 1 on the own value: Linear_o(v)."""
+    layer = Interaction(8, zero=False)
+    hidden = normal(4, 5, 8)
+    entered = layer.enter(layer.norm(hidden))
+    query, key, value = layer.query(entered), layer.key(entered), layer.value(entered)
+    # One pair after another: the partner's key is pushed against the own query.
+    for i in range(4):
+        far = key.clone()
+        far[(i + 2) % 4] = key[i] - 1e4 * query[i].sign()
+        alone = pair_attention(query, far, value)[i]
+        assert torch.allclose(layer.leave(alone), layer.leave(value[i]), atol=1e-5)
+
+
+def test_interaction_is_symmetric_in_the_branches():
+    layer, hidden = Interaction(8, zero=False), normal(4, 5, 8)
+    assert torch.allclose(layer(hidden.roll(2, 0)), layer(hidden).roll(2, 0), atol=1e-6)
+
+
+@pytest.mark.parametrize("interaction", [False, True])
+def test_untrained_branches_are_the_plain_unet_to_the_bit(untrained, interaction):
+    noisy, text = rows(untrained)
+    branches = BranchUNet(untrained.unet, 4, 0, interaction=interaction)
+    with torch.no_grad():
+        assert torch.equal(branches(noisy, STEP, text), untrained.unet(noisy, STEP, text).sample)
+
+
+def test_each_row_takes_the_lora_of_its_branch(untrained):
+    noisy, text = rows(untrained)
+    both = disturbed(BranchUNet(untrained.unet, 4, 0, interaction=False))
+    names, lora = zip(*((n, p) for n, p in both.named_parameters() if ".lora_" in n), strict=True)
+    for branch, own in (("image", slice(0, 2)), ("part", slice(2, 4))):
+        grads = torch.autograd.grad(both(noisy, STEP, text)[own].square().mean(), lora, allow_unused=True)
+        reached = {n.split(".")[-2] for n, g in zip(names, grads, strict=True) if g is not None and g.abs().max() > 0}
+        assert reached == {branch}
+
+
+def test_a_branch_is_the_unet_with_its_lora_merged(untrained):
+    """Against peft's own single-adapter pass, and apart from what an unrouted pass would add up."""
+    noisy, text = rows(untrained)
+    both = disturbed(BranchUNet(untrained.unet, 4, 0, interaction=False))
+    with torch.no_grad():
+        predicted = both(noisy, STEP, text)
+        for branch, own in (("image", slice(0, 2)), ("part", slice(2, 4))):
+            merged = copy.deepcopy(both.unet)
+            merged.fuse_lora(adapter_names=[branch])
+            merged.unload_lora()
+            merged.set_attn_processor(AttnProcessor2_0())
+            alone = merged(noisy[own], STEP, text[own]).sample
+            assert torch.allclose(predicted[own], alone, atol=1e-4)
+            assert (alone - untrained.unet(noisy[own], STEP, text[own]).sample).abs().max() > 1e-2
+
+
+def test_interaction_couples_the_branches_of_a_pair_alone(untrained):
+    noisy, text = rows(untrained)
+    branches = disturbed(BranchUNet(untrained.unet, 4, 0))
+    other = noisy.clone()
+    other[2] += 1  # the part of the first pair
+    with torch.no_grad():
+        moved = (branches(other, STEP, text) - branches(noisy, STEP, text)).abs().amax((1, 2, 3))
+    assert moved[0] > 1e-3 and moved[2] > 1e-3 and moved[1] < 1e-5 and moved[3] < 1e-5
+
+
+@pytest.mark.parametrize("released", [False, True])
+def test_a_background_moves_the_image_branch_alone(untrained, released):
+    noisy, text = rows(untrained)
+    branches = BranchUNet(untrained.unet, 4, 0, interaction=False, compensation=True, released=released)
+    disturbed(branches)
+    with torch.no_grad():
+        looks = [branches.look(normal(1, 12, 16, 16, seed=seed), STEP, untrained.embed([""])) for seed in (5, 6)]
+        first, second = (branches(noisy, STEP, text, look) for look in looks)
+        many = branches(noisy, STEP, text, [layer.repeat(2, 1, 1) for layer in looks[0]])
+    assert (first[:2] - second[:2]).abs().max() > 1e-4 and torch.equal(first[2:], second[2:])
+    assert torch.allclose(first, many, atol=1e-5), "one background for all rows, or one each"
+    with pytest.raises(ValueError, match="exactly where"):
+        branches(noisy, STEP, text)
+
+
+def test_a_background_is_seen_by_the_base_alone(untrained):
+    """What BCM reads does not depend on what is trained: inputs of the frozen base's own self-attention."""
+    latents, text = normal(2, 12, 16, 16), untrained.embed([""] * 2)
+    branches = disturbed(BranchUNet(untrained.unet, 4, 0, compensation=True))
+    layers = [m for m in untrained.unet.modules() if isinstance(m, Attention) and not m.is_cross_attention]
+    inputs = {}
+    handles = [m.register_forward_pre_hook(lambda m, a, _: inputs.update({m: a[0]}), with_kwargs=True) for m in layers]
+    with torch.no_grad():
+        untrained.unet(latents, STEP, text)
+    for handle in handles:
+        handle.remove()
+    looked = branches.look(latents, STEP, text)
+    assert len(looked) == len(layers)
+    assert all(torch.equal(seen, inputs[layer]) for seen, layer in zip(looked, layers, strict=True))
+
+
+def test_compensation_by_hand():
+    """phi(z) + gamma MLP(phi(z_b)) for the first half; the released code mixes keys and values alone."""
+    layer, hidden, behind = Compensation(8), normal(4, 5, 8), normal(1, 5, 8, seed=1)
+    queries, keys = layer(hidden, behind)
+    assert torch.allclose(queries[:2], hidden[:2] + 0.1 * layer.mlp(behind)) and queries is keys
+    assert torch.equal(queries[2:], hidden[2:])
+    released = Compensation(8, released=True)
+    queries, keys = released(hidden, behind)
+    assert torch.equal(queries, hidden) and torch.equal(keys, hidden), "gamma starts at 0"
+    with torch.no_grad():
+        released.gamma.fill_(0.25)
+    keys = released(hidden, behind)[1]
+    assert torch.allclose(keys[:2], 0.75 * hidden[:2] + 0.25 * released.mlp(behind)) and torch.equal(
+        keys[2:], hidden[2:]
+    )
+
+
+def test_gradient_checkpointing_changes_no_gradient(untrained):
+    noisy, text = rows(untrained)
+    grads = []
+    for checkpointing in (False, True):
+        branches = disturbed(BranchUNet(untrained.unet, 4, 0, compensation=True))
+        if checkpointing:
+            branches.unet.enable_gradient_checkpointing()
+            branches.train()
+        look = branches.look(normal(2, 12, 16, 16, seed=5), STEP, untrained.embed([""] * 2))
+        branches(noisy, STEP, text, look).square().mean().backward()
+        grads.append([p.grad for p in branches.parameters() if p.requires_grad and p.grad is not None])
+    assert len(grads[0]) == len(grads[1]) > 0
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-7) for a, b in zip(*grads, strict=True))
+
+
+def test_what_was_dropped_is_an_error(untrained):
+    branches = BranchUNet(untrained.unet, 4, 0)
+    noisy, text = rows(untrained)
+    with pytest.raises(ValueError, match="3 rows are no pairs"):
+        branches(noisy[:3], STEP, text[:3])
+    next(m for m in branches.unet.modules() if isinstance(m, Attention)).set_processor(AttnProcessor2_0())
+    with pytest.raises(RuntimeError, match="1 attention layers lost their processor"):
+        branches.check()
+    branches = BranchUNet(untrained.unet, 4, 0)
+    branches.unet.set_adapter("part")
+    with pytest.raises(RuntimeError, match="not active"):
+        branches.check()
+
+
+@pytest.mark.parametrize(("released", "bcm"), [(False, 8.0), (True, 16.01)])
+def test_the_counts_of_stable_diffusion(released, bcm):
+    """LoRA 12.75 M, SAIM 124.08 M, BCM 8.00 M (reference: sum over the 32 layers), without any memory."""
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(
+            sample_size=64, cross_attention_dim=768, attention_head_dim=8, block_out_channels=(320, 640, 1280, 1280),
+            layers_per_block=2, down_block_types=(*["CrossAttnDownBlock2D"] * 3, "DownBlock2D"),
+            up_block_types=("UpBlock2D", *["CrossAttnUpBlock2D"] * 3),
+        )  # fmt: skip
+        counts = BranchUNet(unet, 32, 0, compensation=True, released=released).counts()
+    assert {part: round(n / 1e6, 2) for part, n in counts.items()} == {"LoRA": 12.75, "SAIM": 124.08, "BCM": bcm}
