@@ -249,7 +249,8 @@ def stage_files(job: Job) -> list[Path]:
         return []
     names = list(asked.methods)
     if job.notebook == "08_ablation":
-        names += asked.settings().variants_of(asked.methods)
+        settings = asked.settings()  # what only some categories have cannot be promised
+        names += [name for name in settings.variants_of(asked.methods) if settings.variants[name].only is None]
     folder = asked.dataset_folder() / asked.category
     return [folder / name / f"s{seed}" / f"{stage}.json" for name in names for seed in asked.seeds]
 

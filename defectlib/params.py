@@ -89,13 +89,15 @@ class Variant(Strict):
     """A row of an ablation: a method with some fields changed, or with another source of masks.
 
     ``released`` starts from the values of the code that the paper's authors released. A variant has a fit of its own
-    only where a field is changed that the fit reads.
+    only where a field is changed that the fit reads. ``only = "objects"`` leaves it out where the surface fills the
+    frame, as DualAnoDiff's background compensation asks.
     """
 
     of: str
     released: bool = False
     config: dict[str, Any] = {}
     mask_source: MaskSourceName | None = None
+    only: Literal["objects"] | None = None
 
 
 class Grid(Strict):

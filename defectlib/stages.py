@@ -18,7 +18,7 @@ import torch
 
 from defectlib import backbone, paths, runs, sampling
 from defectlib import downstream as models
-from defectlib.masks.interpolation import mask_iou
+from defectlib.masks.interpolation import NoMask, mask_iou
 from defectlib.metrics import quality as quality_metrics
 from defectlib.metrics import regions
 from defectlib.runs import RunFolder
@@ -61,10 +61,18 @@ def sample(s: Study, method: str, seed: int) -> dict[str, Any]:
         fitted, shots = s.load(method, seed), s.shots(seed)
         refused: Counter[str] = Counter()
         source = None if fitted.makes_masks else functools.partial(s.mask_source(method), refused=refused)
-        requests = sampling.plan(
-            shots, s.normals(seed), s.settings.sample.n_per_defect, source, seed, s.prompts(),
-            s.all_defects, s.settings.sample.group_size,
-        )  # fmt: skip
+        requests = []
+        for defect in s.defects:
+            try:
+                requests += sampling.plan(
+                    [shot for shot in shots if shot.defect == defect], s.normals(seed),
+                    s.settings.sample.n_per_defect, source, seed, s.prompts(), s.all_defects,
+                    s.settings.sample.group_size,
+                )  # fmt: skip
+            except NoMask as error:  # the other defects are drawn, this one's numbers are withheld
+                refused.update(error.counts)
+                why = {"n_generated": 0, "why_withheld": str(error)}
+                metrics.append({"metric": "mask_area", "value": None, "defect": defect, "protocol": why})
         fresh = not (folder.path / "images").exists()
         clock = time.perf_counter()
         report = sampling.draw(fitted, requests, folder.path, progress="DEFECTLIB_BATCH" not in os.environ)
@@ -88,7 +96,8 @@ def sample(s: Study, method: str, seed: int) -> dict[str, Any]:
             metrics.append({"metric": "masks_refused", "value": float(refused.total()), "protocol": reasons})
         # After a restart part of the drawing was done by an earlier process: its speed is not known.
         protocol = {"n_generated": len(report), "image_size": s.size}
-        speed = {"pairs_per_second": len(report) / seconds, "seconds_per_image": seconds / len(report)}
+        fresh = fresh and len(report) > 0
+        speed = {"pairs_per_second": len(report) / seconds, "seconds_per_image": seconds / max(1, len(report))}
         metrics.extend({"metric": m, "value": v if fresh else None, "protocol": protocol} for m, v in speed.items())
     return folder.record("sample")
 
@@ -108,6 +117,11 @@ def quality(s: Study, method: str, seed: int) -> dict[str, Any]:
         for defect in s.defects:
             refs = [shot.image for shot in shots if shot.defect == defect]
             drawn = [item.image for item in sampling.load(folder.path, defect)]
+            if not drawn:
+                why = {"n_generated": 0, "why_withheld": "no mask could be drawn for this defect"}
+                names = quality_metrics.names(s.settings.quality.extractor, s.settings.quality.perceptual)
+                metrics.extend({"metric": m, "value": None, "defect": defect, "protocol": why} for m in names)
+                continue
             rows = quality_metrics.evaluate(drawn, s.real(defect, seed), refs, **s.quality_arguments())
             metrics.extend({**row, "defect": defect} for row in rows)
     return folder.record("quality")
@@ -127,11 +141,15 @@ def downstream(s: Study, method: str, seed: int) -> dict[str, Any]:
         return record
     with runs.stage(folder, "downstream", key, s.identity(method, seed), values, {"source": source[0]}) as metrics:
         shots, held_out = s.shots(seed), s.held_out(seed)
+        drawn = [] if method == SHOTS_ONLY else sampling.load(folder.path)
+        reason = None
         if all(defect == "good" for *_, defect, _ in held_out):
             reason = f"the split '{s.settings.data.split}' holds no defect image of {s.category} out"
+        elif method != SHOTS_ONLY and {item.defect for item in drawn} != set(s.defects):
+            reason = "no mask could be drawn for some defects"
+        if reason:
             metrics.extend({"metric": m, "value": None, "protocol": {"why_withheld": reason}} for m in WITHHELD)
         else:
-            drawn = [] if method == SHOTS_ONLY else sampling.load(folder.path)
             metrics.extend(_classification(s, folder, shots, drawn, held_out, seed))
             metrics.extend(_localisation(s, folder, drawn or shots, held_out, seed))
     return folder.record("downstream")

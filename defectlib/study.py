@@ -20,6 +20,7 @@ from defectlib.backbone import Backbone
 from defectlib.data import splits
 from defectlib.masks import latent, sources
 from defectlib.masks.sources import MaskSource
+from defectlib.masks.trimap import foreground
 from defectlib.methods import base
 from defectlib.methods.base import Method, MethodConfig
 from defectlib.metrics import files
@@ -205,6 +206,10 @@ def open_category(parameters: Parameters) -> Study:
         _config(settings, name)
     seeds = parameters.seeds or settings.seeds
     root = prepare.data_root(parameters)
+    if any(settings.variants[name].only for name in variants):
+        first = splits.normals(table, root, category, "train", settings.data.image_size, 1)
+        if not first or foreground(first[0]).all():
+            variants = [name for name in variants if settings.variants[name].only is None]
     names = (tuple(every), tuple(defects), tuple(methods), tuple(variants))
     s = Study(parameters, settings, root, category, *names, tuple(seeds))
     _check(s, table[table["category"] == category])

@@ -278,22 +278,15 @@ inverted.loc[list(pictured)].T.round(3)
 
 
 # %%
-def words(prompt):
-    """Word -> the places of its tokens; CLIP's tokenizer ends a word with </w>."""
-    found, tokens = [("", [])], base.tokenizer.convert_ids_to_tokens(base.tokenizer(prompt).input_ids)[1:-1]
-    for place, token in enumerate(tokens, 1):
-        found[-1] = (found[-1][0] + token.removesuffix("</w>"), [*found[-1][1], place])
-        found += [("", [])] if token.endswith("</w>") else []
-    return found[:-1]
-
-
 def looks(prompt, seeds=(0,)):
     """Images of a prompt, and for each of its words the share (N, 1, h, w) of the cells' attention that it has."""
     start = diffusion.noise_like(seeds, shape).to(base.device)
     with attention.watched_text(base.unet) as looked:
         final = diffusion.denoise(diffusion.prompted(base, [prompt], 3.0), start, base.scheduler, 20)
     maps = attention.text_maps(looked, shape[1:])[len(seeds) :]  # the first rows are those without a prompt
-    return base.decode(final), [(word, maps[:, places].mean(1, keepdim=True)) for word, places in words(prompt)]
+    return base.decode(final), [
+        (word, maps[:, places].mean(1, keepdim=True)) for word, places in backbone.words(base.tokenizer, prompt)
+    ]
 
 
 def stretched(m):

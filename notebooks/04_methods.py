@@ -17,8 +17,9 @@
 # # 4. The methods, step by step
 #
 # Each method of this project is one file in `defectlib/methods`, over shared parts. This notebook takes them apart and
-# shows every idea switched on and off: **Crop-Paste**, the baseline of DefectSynth's Tables II, III, VIII and IX, and
-# **DefectSynth**, equation by equation (its Fig. 2, stage 2; where masks come from, stage 1, is notebook 2).
+# shows every idea switched on and off: **Crop-Paste**, the baseline of DefectSynth's Tables II, III, VIII and IX,
+# **DefectSynth**, equation by equation (its Fig. 2, stage 2; where masks come from, stage 1, is notebook 2), and
+# **DualAnoDiff**, what its two branches see (its Figs. 2 and 3).
 #
 # The unit of this notebook is a data set: it looks at one category.
 
@@ -42,10 +43,11 @@ import numpy as np
 import pandas as pd
 import torch
 
-from defectlib import attention, diffusion, params, sampling, stages, study
+from defectlib import attention, backbone, diffusion, params, sampling, stages, study
 from defectlib.masks import alignment, sources, trimap
 from defectlib.masks import random as random_masks
-from defectlib.methods import base, crop_paste
+from defectlib.masks.extraction import extract
+from defectlib.methods import base, crop_paste, dualanodiff
 from defectlib.report import figures
 
 p = params.read(globals())
@@ -110,7 +112,7 @@ for name, values in variants.items():
     drawn[name] = method.sample(requests)
 figure = figures.sheet(
     [[item.image for item in samples] for samples in drawn.values()],
-    row_labels=list(drawn), column_labels=[request.defect for request in requests],
+    row_labels=list(drawn), column_labels=[request.defect for request in requests], scale=128 / s.size,
 )  # fmt: skip
 figures.save(figure, folder, f"crop_paste_on_off_{s.category}")
 figure
@@ -300,7 +302,7 @@ picked = [i for d in s.defects for i in [k for k, r in enumerate(asked) if r.def
 figure = figures.sheet(
     [[asked[i].normal for i in picked], *[[x[i] for i in picked] for x in drawn.values()]],
     row_labels=["normal", *drawn], column_labels=[asked[i].defect for i in picked],
-    outline_masks=[[asked[i].mask for i in picked]] + [[None] * len(picked)] * len(drawn),
+    outline_masks=[[asked[i].mask for i in picked]] + [[None] * len(picked)] * len(drawn), scale=128 / s.size,
 )  # fmt: skip
 figures.save(figure, folder, f"defectsynth_on_off_{s.category}")
 figure
@@ -361,8 +363,128 @@ effects.round(3)
 # %%
 off, on = (drawn[name][:2] for name in ("no SFF", "SAE and SFF"))
 difference = ((on - off).abs().amax(1, keepdim=True) * 127.5 / 32).clamp(max=1)
-figure = figures.sheet([list(off), list(on), list(difference)], row_labels=["no SFF", "SFF", "difference"])
+figure = figures.sheet(
+    [list(off), list(on), list(difference)], row_labels=["no SFF", "SFF", "difference"], scale=128 / s.size
+)
 figures.save(figure, folder, f"defectsynth_fusion_{s.category}")
+figure
+
+# %% [markdown]
+# ## DualAnoDiff
+#
+# No mask is asked for: the image and the *anomaly part*, the image times its mask on mid-grey, are drawn together, and the
+# mask is read off the part. Both go through one frozen UNet as two halves of one batch. Each half, or branch, has a LoRA of
+# its own; after every attention layer the two rows of a pair attend to each other at the same position (**SAIM**), a
+# softmax over two, which is a sigmoid; background compensation (**BCM**) lends the image branch the features of a background.
+# One model is trained for every defect.
+
+# %%
+record = stages.fit(s, "dualanodiff", seed)
+pair = s.load("dualanodiff", seed)
+counts = {name: pair.dual(name).branches.counts() for name in s.defects[:1]}[s.defects[0]]
+print(
+    f"fitted in {record['metrics'][0]['value']:.1f} s, {pair.config.steps} steps a defect; parameters of one defect's model:"
+)
+print(
+    ", ".join(f"{part} {n:,}" for part, n in counts.items())
+    + f"; the frozen UNet {sum(w.numel() for w in model.unet.parameters()):,}"
+)
+
+# %% [markdown]
+# ### What each branch sees along the denoising
+#
+# The predicted end result of both branches at several points of the loop, for one request a defect: where the branches
+# agree early, the defect in the image and its part come to lie at the same place.
+
+# %%
+wanted = sampling.plan(shots, normals, 1, None, seed, s.prompts(), s.all_defects)
+moments = (0.1, 0.25, 0.5, 0.75, 1.0)
+
+
+def along(r):
+    """What the image and the part are taken for at the moments, two rows of images."""
+    seen = []
+
+    def note(done, latents, x0):
+        if any(abs(done - m) < 0.5 / pair.config.num_inference_steps for m in moments):
+            seen.append(model.decode(x0[[0, len(x0) // 2]]))
+        return latents
+
+    pair.denoised([r], hooks=[note])
+    return [list(images) for images in zip(*seen)]
+
+
+rows = [row for r in wanted for row in along(r)]
+labels = [f"{r.defect}\n{branch}" for r in wanted for branch in ("image", "part")]
+figure = figures.sheet(rows, row_labels=labels, scale=128 / s.size)
+figures.save(figure, folder, f"dualanodiff_branches_{s.category}")
+figure
+
+# %% [markdown]
+# ### From part to mask
+#
+# The departure of the part from mid-grey (white is the whole range) is split by Otsu's threshold, never below a floor, and
+# small specks are dropped. The threshold stands with every mask, in its file and in `samples.csv`.
+
+# %%
+rows, outlines = [], []
+for r in wanted:
+    (image,), (part,) = pair.denoised([r])
+    found = extract(part, pair.config.floor)
+    rows.append([image, part, part.abs().amax(0, keepdim=True), found.mask, image])
+    outlines.append([None] * 4 + [found.mask])
+    print(f"{r.defect}: cut at {found.threshold:.3f}, set by {found.by}; {found.mask.float().mean():.1%} of the image")
+figure = figures.sheet(
+    rows, row_labels=[r.defect for r in wanted], column_labels=["image", "part", "departure", "mask", "overlay"],
+    outline_masks=outlines, scale=128 / s.size,
+)  # fmt: skip
+figures.save(figure, folder, f"dualanodiff_pairs_{s.category}")
+figure
+
+# %% [markdown]
+# ### Interaction, on and off
+#
+# The same fit and the same noise, with SAIM taken out while drawing: the branches fall apart, and the part lies where it
+# happens to. (A model trained without it is a variant of notebook 8.)
+
+# %%
+rows = []
+for r in wanted:
+    with_it = [images[0] for images in pair.denoised([r])]
+    processors = pair.dual(r.defect).branches.processors
+    taken = [(p, p.interaction) for p in processors]
+    for p in processors:
+        p.interaction = None
+    rows.append(with_it + [images[0] for images in pair.denoised([r])])
+    for p, interaction in taken:
+        p.interaction = interaction
+titles = ["image, SAIM", "part, SAIM", "image, without", "part, without"]
+figure = figures.sheet(rows, row_labels=[r.defect for r in wanted], column_labels=titles, scale=128 / s.size)
+figures.save(figure, folder, f"dualanodiff_interaction_{s.category}")
+figure
+
+# %% [markdown]
+# ### Where the words look (Fig. 3)
+#
+# Cross-attention's share of the rare words in each branch, averaged over layers, heads and steps of one drawing (as in
+# notebook 3, now after training); each map is stretched between its own extremes.
+
+# %%
+rows, labels = [], []
+n = pair.config.batch_size
+for r in wanted:
+    with attention.watched_text(pair.dual(r.defect).branches.unet) as looked:
+        images, parts = pair.denoised([r])
+    maps = attention.text_maps(looked, grid)
+    for k, (branch, prompt, drawn_one) in enumerate(zip(("image", "part"), dualanodiff.PROMPTS, (images[0], parts[0]))):
+        first = (2 * k + 1) * n if pair.config.guidance_scale > 1 else k * n  # rows without a prompt come before
+        own = dict(backbone.words(model.tokenizer, prompt))
+        shown = [maps[first, own[word]].mean(0, keepdim=True) for word in ("vfx", "sks") if word in own]
+        shown = [enlarged((m - m.min()) / (m.max() - m.min()).clamp_min(1e-12)) for m in shown]
+        rows.append([drawn_one, *[None] * (2 - len(shown)), *shown])
+        labels.append(f"{r.defect}\n{branch}")
+figure = figures.sheet(rows, row_labels=labels, column_labels=["drawn", "vfx", "sks"], scale=128 / s.size)
+figures.save(figure, folder, f"dualanodiff_attention_{s.category}")
 figure
 
 # %% [markdown]

@@ -94,7 +94,7 @@ described = {run: json.loads((model / "method.json").read_text()) for run, model
 #
 # Parameters of the parts. What is trained is counted in the files of the fit, what is frozen in the base model. A ControlNet
 # starts as a copy of the UNet's first half, with layers of zeros where it joins the UNet, so that training starts from the
-# base model's own predictions.
+# base model's own predictions. DualAnoDiff has a model for every defect, and its trained layers start without effect too.
 
 # %%
 rows = []
@@ -114,17 +114,17 @@ parts.style.format({"parameters": "{:,}"}).hide()
 # %% [markdown]
 # ## The loss on the way
 #
-# The mean over the last ten points of a curve, for every fit that learns; a point is the mean since the one before it. The
+# The mean over the last ten points of a curve, for every model that is fitted; a point is the mean since the one before it. The
 # loss is the squared error of what the base model predicts, noise or velocity, at random timesteps, some of which are far
 # harder than others, so a curve is rough, and a flat one does not say that what is drawn has stopped changing. Where the
 # configuration gives the mask a weight, the loss is larger by it: levels are comparable within a method only.
 
 # %%
+curves = {run: about.get("curves", {"": about.get("curve", [])}) for run, about in described.items()}
 points = [
-    [f"{layout.method_title(method)}, seed {seed}", step, loss]
-    for (method, seed), about in described.items()
-    for step, loss in about.get("curve", [])
-]
+    [", ".join(filter(None, [layout.method_title(method), defect, f"seed {seed}"])), step, loss]
+    for (method, seed), own in curves.items() for defect, curve in own.items() for step, loss in curve
+]  # fmt: skip
 curve = pd.DataFrame(points, columns=["fit", "step", "loss"])
 smooth = curve.assign(loss=curve.groupby("fit", sort=False)["loss"].transform(lambda x: x.rolling(10, 1).mean()))
 if len(curve):
@@ -144,7 +144,7 @@ else:
 rows = []
 for (method, seed), record in records.items():
     config = s.config(method).model_dump()
-    steps = max((step for step, _ in described[method, seed].get("curve", [])), default=0)
+    steps = sum(curve[-1][0] for curve in curves[method, seed].values() if curve)
     items = len(s.shots(seed)) * (4 if config.get("flips") else 1)
     seconds = next(row["value"] for row in record["metrics"] if row["metric"] == "fit_s")
     size = sum(file.stat().st_size for file in models[method, seed].rglob("*") if file.is_file()) / 2**20

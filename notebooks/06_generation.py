@@ -57,7 +57,8 @@ figures.style()
 # %% [markdown]
 # ## The prompts
 #
-# One text a defect. Crop-Paste ignores it; DefectSynth was trained with it and draws with it.
+# One text a defect. Crop-Paste ignores it; DefectSynth was trained with it and draws with it; DualAnoDiff has its paper's
+# two, "a vfx with sks" and "sks", for every defect.
 
 # %%
 pd.Series(s.prompts(), name="prompt").to_frame()

@@ -71,7 +71,8 @@ pd.DataFrame(rows, columns=["method", "variant", "what is changed"]).set_index([
 #
 # Averages over the category's defects and over the seeds; the sd is over the seeds, and `NaN` where there is one.
 # KID is times 1,000. A mask's IoU is its largest overlap with a real mask of the defect after the best turn and shift;
-# `NaN`: the method makes its own masks.
+# `NaN`: the method makes its own masks. Where a source gave no mask for a defect, the row is the mean of the others', and
+# the sentence below the table says so.
 
 # %%
 families = [[m, *(v for v in s.variants if s.settings.variants[v].of == m)] for m in s.methods]
@@ -88,23 +89,27 @@ summary = pd.DataFrame(
 )
 summary.reindex(names).rename(index=layout.method_title).round(3)
 
+# %%
+for name in names:
+    for row in stages.sample(s, name, s.seeds[0])["metrics"]:
+        if why := row.get("protocol", {}).get("why_withheld"):
+            print(f"{layout.method_title(name)}, {row['defect']}: {why}")
+
 # %% [markdown]
 # ## The same requests, drawn by each
 #
 # Columns are the same seeds, hence the same normals; where the source of masks is the one that changed, the masks differ.
 
 # %%
-n = 1
 drawn = {
-    name: [item for d in s.defects for item in sampling.load(s.folder(name, s.seeds[0]).path, d, limit=n)]
+    name: [next(iter(sampling.load(s.folder(name, s.seeds[0]).path, d, limit=1)), None) for d in s.defects]
     for name in names
 }
 figure = figures.sheet(
-    [[item.image for item in samples] for samples in drawn.values()],
-    row_labels=[layout.method_title(name) for name in drawn],
-    column_labels=[item.defect for item in drawn[names[0]]],
-    outline_masks=[[item.mask for item in samples] for samples in drawn.values()],
-)
+    [[item and item.image for item in samples] for samples in drawn.values()],
+    row_labels=[layout.method_title(name) for name in drawn], column_labels=list(s.defects),
+    outline_masks=[[item and item.mask for item in samples] for samples in drawn.values()],
+)  # fmt: skip
 figures.save(figure, folder, f"fig_5_ablation_{s.category}")
 figure
 

@@ -76,9 +76,12 @@ def test_graph_by_category():
     assert graph["07_quality.gear"].parameters.seeds == params.load_profile("demo").seeds
     assert graph["03_backbone"].parameters.category == "gear"
     assert graph["04_methods"].needs == ("05_training.gear",), "it shows the fit of the first category"
-    variants = params.load_profile("demo").variants
+    demo = params.load_profile("demo")
     made = {file.parts[-3] for file in batch.stage_files(graph["08_ablation.nut"])}
-    assert made == {"crop_paste", "defectsynth", *variants}
+    assert made == {*demo.methods, *demo.variants}
+    some = batch.jobs(Parameters(profile="smoke"), ["nut"])["08_ablation.nut"]
+    made = {file.parts[-3] for file in batch.stage_files(some)}
+    assert "dualanodiff_no_interaction" in made and "dualanodiff_compensated" not in made, "objects alone have it"
 
 
 def test_graph_by_run_has_a_job_a_method_and_seed():

@@ -25,7 +25,10 @@ from defectlib.report import build
 SMALLER = {
     "threads": 1,
     "seeds": [0],
-    "methods": {"defectsynth": {"steps": 2, "num_inference_steps": 2}},
+    "methods": {
+        "defectsynth": {"steps": 2, "num_inference_steps": 2},
+        "dualanodiff": {"steps": 2, "num_inference_steps": 2},
+    },
     "data": {"image_size": 128, "max_normals": 4, "max_test_normals": 2},
     "sample": {"n_per_defect": 4},
     "quality": {"kid_subsets": 2, "seeds": [0]},

@@ -1,9 +1,13 @@
 import shutil
+from collections import Counter
 
+import pandas as pd
 import pytest
 import torch
 
 from defectlib import images, prepare, sampling, stages, study
+from defectlib.masks import sources
+from defectlib.masks.interpolation import NoMask
 from defectlib.runs import STAGES
 
 
@@ -70,10 +74,10 @@ def test_a_killed_drawing_continues_to_the_same_set(tiny_parameters, tmp_path, m
     written = images.write_mask
     count = iter(range(100))
 
-    def dies(path, mask):
+    def dies(*arguments):
         if next(count) == 5:
             raise KeyboardInterrupt
-        written(path, mask)
+        written(*arguments)
 
     monkeypatch.setattr(images, "write_mask", dies)
     with pytest.raises(KeyboardInterrupt):
@@ -122,3 +126,40 @@ def test_a_second_data_root_does_not_replace_the_runs_of_the_first(tiny_paramete
     moved = tmp_path / "moved"
     shutil.copytree(tiny_mini, moved)
     assert len(prepare.manifest(tiny_parameters.model_copy(update={"data_root": str(moved)})))
+
+
+def test_a_defect_without_a_mask_is_withheld_and_the_others_are_drawn(tiny_parameters, monkeypatch):
+    affine = sources.SOURCES["affine"]
+
+    def fussy(rng, shots, normal, refused=None):
+        if shots[0].defect == s.defects[0]:
+            raise NoMask("none of 32 masks could be used: all black 32 x", Counter({"all black": 32}))
+        refused["too dark"] += 1
+        return affine(rng, shots, normal, refused)
+
+    monkeypatch.setitem(sources.SOURCES, "affine", fussy)
+    s = study.open_category(tiny_parameters.model_copy(update={"methods": ["defectsynth"]}))
+    name, n = "defectsynth_no_hmi", s.settings.sample.n_per_defect
+    record = stages.sample(s, name, 0)
+    withheld = {m["defect"]: m["protocol"]["why_withheld"] for m in record["metrics"] if "why_withheld" in str(m)}
+    assert list(withheld) == [s.defects[0]] and "none of 32 masks" in withheld[s.defects[0]]
+    refused = next(m for m in record["metrics"] if m["metric"] == "masks_refused")
+    reasons = refused["protocol"]["reasons"]
+    assert reasons["all black"] == 32 and reasons["too dark"] == n and refused["value"] == sum(reasons.values())
+    assert {item.defect for item in sampling.load(s.folder(name, 0).path)} == {s.defects[1]}
+    rows = stages.quality(s, name, 0)["metrics"]
+    assert {m["metric"] for m in rows if m["defect"] == s.defects[0]} == {m["metric"] for m in rows}
+    assert all(m["value"] is None for m in rows if m["defect"] == s.defects[0])
+    scores = stages.downstream(s, name, 0)["metrics"]
+    assert all(m["value"] is None and "some defects" in m["protocol"]["why_withheld"] for m in scores)
+    report = pd.read_csv(s.folder(name, 0).path / "samples.csv")
+    assert len(report) == n
+
+
+def test_a_pairs_threshold_and_its_drawings_are_reported(tiny_parameters):
+    s = study.open_category(tiny_parameters.model_copy(update={"methods": ["dualanodiff"]}))
+    record = stages.sample(s, "dualanodiff", 0)
+    report = pd.read_csv(s.folder("dualanodiff", 0).path / "samples.csv")
+    assert {"threshold", "threshold_by", "drawing"} <= set(report)
+    again = next(m for m in record["metrics"] if m["metric"] == "pairs_redrawn")
+    assert again["value"] == (report["drawing"] - 1).sum() and again["protocol"]["most_for_one"] < 4

@@ -96,3 +96,10 @@ def test_random_thirds_has_a_partition_a_seed(tiny_parameters):
     s = study.open_category(tiny_parameters.model_copy(update={"split": "random_thirds"}))
     sides = [s.manifest(seed).set_index(["defect", "id"])["side"] for seed in (0, 1)]
     assert not sides[0].sort_index().equals(sides[1].sort_index())
+
+
+def test_a_variant_for_objects_is_left_out_where_the_surface_fills_the_frame(tiny_parameters):
+    """Background compensation needs a background: gear has one, brick has none."""
+    for category, has in (("gear", True), ("brick", False)):
+        s = study.open_category(tiny_parameters.model_copy(update={"category": category}))
+        assert ("dualanodiff_compensated" in s.variants) is has and "dualanodiff_no_interaction" in s.variants

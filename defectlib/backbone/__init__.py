@@ -111,6 +111,15 @@ def tokenize(tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> Tensor:
     return tokenizer(list(prompts), padding="max_length", max_length=length, return_tensors="pt").input_ids
 
 
+def words(tokenizer: CLIPTokenizer, prompt: str) -> list[tuple[str, list[int]]]:
+    """The words of a prompt, each with the places (0 is the start token) of its tokens; CLIP's end a word with </w>."""
+    found, tokens = [("", [])], tokenizer.convert_ids_to_tokens(tokenizer(prompt).input_ids)[1:-1]
+    for place, token in enumerate(tokens, 1):
+        found[-1] = (found[-1][0] + token.removesuffix("</w>"), [*found[-1][1], place])
+        found += [("", [])] if token.endswith("</w>") else []
+    return found[:-1]
+
+
 @functools.cache
 def known() -> dict[str, dict]:
     """The base models that have a name: where each comes from, and the sha256 of its weight files."""

@@ -52,8 +52,8 @@ from defectlib.types import Request, Sample, Shot
 
 PROMPTS = ("a vfx with sks", "sks")
 TURNS = ((), (-1,), (-2,), (-2, -1))
-# Keep the part's and the background's noise apart from the image's, and every redrawing from the one before.
-PART, BACKGROUND, AGAIN = 0x9A27, 0xBAC6, 0x100_0000_0001
+# What starts from noise: each has a stream of its own under one seed.
+IMAGE, PART, BACKGROUND = range(3)
 
 
 class DualAnoDiffConfig(MethodConfig):
@@ -336,15 +336,15 @@ class DualAnoDiff:
         """Images and parts (N, 3, H, W) of up to ``batch_size`` requests of one defect; hooks see the batch padded."""
         config, base, dual = self.config, self.backbone, self.dual(requests[0].defect)
         padded = [*requests, *[requests[-1]] * (config.batch_size - len(requests))]
-        seeds = [request.seed + attempt * AGAIN for request in padded]
         shape = base.latent_shape(padded[0].normal.shape[-1])
-        start = torch.cat([noise_like([seed ^ key for seed in seeds], shape) for key in (0, PART)]).to(base.device)
+        seeds = [noise_seed(request.seed, branch, attempt) for branch in (IMAGE, PART) for request in padded]
+        start = noise_like(seeds, shape).to(base.device)
         n, guided = len(padded), config.guidance_scale > 1
         *words, nothing = dual.text()
         kinds = [(nothing, word) if guided else (word,) for word in words]
         text = torch.stack([word for kind in kinds for word in kind]).repeat_interleave(n, 0)
         behind, of_row = self._backgrounds(padded) if config.compensation else (torch.empty(0), [])
-        murmur, empty = noise_like([BACKGROUND], shape).to(base.device), base.embed([""])
+        murmur, empty = noise_like([noise_seed(0, BACKGROUND)], shape).to(base.device), base.embed([""])
 
         def predict(latents: Tensor, timestep: Tensor) -> Tensor:
             copies = 2 if guided else 1
@@ -396,6 +396,11 @@ class DualAnoDiff:
             method.curves[defect] = [tuple(point) for point in curve]
             method.dual(defect)
         return method
+
+
+def noise_seed(seed: int, what: int, attempt: int = 0) -> int:
+    """The seed of one noise of a request, 32 bits: torch's CPU generator ignores those above."""
+    return int(np.random.SeedSequence([seed, what, attempt]).generate_state(1, np.uint32)[0])
 
 
 def _usable(mask: Tensor) -> bool:

@@ -181,6 +181,12 @@ def evaluate(
     ]
 
 
+def names(extractor: str, perceptual: str) -> list[str]:
+    """The metrics that :func:`evaluate` returns, in order."""
+    pairs = [(extractor, "kid"), (extractor, "is"), (perceptual, "lpips"), (perceptual, "ic-lpips")]
+    return [metric_name(network, kind) for network, kind in pairs]
+
+
 def _content(picture: Tensor) -> bytes:
     """A key that puts images in one order, whatever the order of the files."""
     return hashlib.sha256(images.to_uint8(picture).tobytes()).digest()

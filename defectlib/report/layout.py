@@ -17,6 +17,8 @@ from defectlib.report.specs import REASONS, codes
 METHOD_TITLES = {name: title for title, name in published.METHODS.items()} | {
     "defectsynth_as_released": "DefectSynth, as released", "crop_paste_no_turns": "Crop-Paste, no turns",
     "crop_paste_anywhere": "Crop-Paste, anywhere", "crop_paste_feather": "Crop-Paste, feather 2 px",
+    "dualanodiff_no_interaction": "DualAnoDiff w/o SAIM", "dualanodiff_compensated": "DualAnoDiff with BCM",
+    "dualanodiff_as_released": "DualAnoDiff, as released",
 }  # fmt: skip
 DATASET_TITLES = {name: title for title, name in published.DATASETS.items()}
 METRIC_TITLES = {

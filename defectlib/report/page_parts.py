@@ -32,6 +32,11 @@ CAPTIONS = {
     "largest, logarithmic between.",
     "defectsynth_on_off": "DefectSynth with SAE and SFF on and off, and as released, for the same requests.",
     "defectsynth_fusion": "DefectSynth, Eq. 9: one group without and with SFF, and the difference.",
+    "dualanodiff_branches": "DualAnoDiff: what its two branches see along the denoising.",
+    "dualanodiff_pairs": "DualAnoDiff, as in its Fig. 5: the drawn image, its anomaly part, the part's departure from "
+    "grey, the mask read off it, and the mask on the image.",
+    "dualanodiff_interaction": "DualAnoDiff: the same noise with interaction (SAIM) and with it taken out.",
+    "dualanodiff_attention": "DualAnoDiff, as in its Fig. 3: cross-attention of the rare words in both branches.",
     "loss_curves": "The loss of every method that learns, over the steps of its fit.",
     "fig_5_ablation": "Every method with one part changed at a time, for the same seeds; masks outlined.",
     "downstream": "Downstream models trained on the shots alone and on samples, tested on held-out real images.",
@@ -56,7 +61,8 @@ CAPTIONS = {
 OF_FIRST_CATEGORY = frozenset({
     "fig_1_starting_point", "mask_area", "crop_paste_steps", "crop_paste_on_off", "defectsynth_blending",
     "defectsynth_alignment", "defectsynth_weights", "defectsynth_weight_maps", "defectsynth_on_off",
-    "defectsynth_fusion", "backbone_curves", "vae_round_trip", "schedule", "dualanodiff_fig_3_noising",
+    "defectsynth_fusion", "dualanodiff_branches", "dualanodiff_pairs", "dualanodiff_interaction",
+    "dualanodiff_attention", "backbone_curves", "vae_round_trip", "schedule", "dualanodiff_fig_3_noising",
     "denoising_loop", "zero_shot_world", "inversion", "attention_words", "dualanodiff_fig_3_attention",
     "zero_shot_defects", "closed_form_denoiser", "memorisation",
 })  # fmt: skip

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 REASONS = {
     "not_run": "not run here",
     "not_run_for_all": "run here for some of the categories only, so there is no average",
-    "withheld": "run, but the number is withheld: too few images, or nothing to tell apart",
-    "partly_withheld": "defects with too few images are left out of the mean",
+    "withheld": "run, but the number is withheld: too few images, no mask to draw for, or nothing to tell apart",
+    "partly_withheld": "defects with too few images, or without a mask to draw for, are left out of the mean",
     "other_extractor": "features of a small network of this package, not of Inception, AlexNet or VGG",
     "other_dataset": "the papers have no number for this data set",
     "other_split": "another split than the paper's protocol for this table",
