@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
+import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from peft import LoraConfig
@@ -65,6 +67,67 @@ class Interaction(nn.Module):
         return self.leave(pair_attention(self.query(entered), self.key(entered), self.value(entered)))
 
 
+class FoldedInteraction(nn.Module):
+    """A trained :class:`Interaction` for drawing: its linear layers multiplied out, to 1.5 projections instead of 5.
+
+    With x = LN(h), d = x_a - x_b for the rows a and b of a pair, and W the layers' weights, biases aside:
+    the logit of a is x_a G d with G = W_i' W_q' W_k W_i, that of b is -x_b G d, and both rows are mixtures of B x_b and
+    B d with B = W_o W_v W_i, because what a row takes of its partner is 1 - sigmoid(logit). G and B are formed once.
+    """
+
+    @torch.no_grad()
+    def __init__(self, layer: Interaction) -> None:
+        super().__init__()
+        self.norm = layer.norm
+        enter, query, key, value, leave = (
+            part.weight.double() for part in (layer.enter, layer.query, layer.key, layer.value, layer.leave)
+        )
+        into = layer.enter.bias.double()
+        entered_query = query @ into + layer.query.bias.double()
+        out = leave @ value @ enter
+        bias = leave @ (value @ into + layer.value.bias.double()) + layer.leave.bias.double()
+        scale = enter.shape[0] ** -0.5
+        tensors = {
+            "of_difference": torch.cat([scale * (enter.T @ query.T @ key @ enter), out]),  # G, then B
+            "of_logit": scale * (enter.T @ key.T @ entered_query),
+            "of_partner": out,
+            "bias": bias,
+        }
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor.to(layer.leave.weight.dtype), persistent=False)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """What the pair adds to ``hidden``, (2 N, L, C)."""
+        image, part = self.norm(hidden).chunk(2)
+        difference = image - part
+        logit, mixed = F.linear(difference, self.of_difference).chunk(2, -1)
+        shared, rest = F.linear(part, self.of_partner, self.bias), difference @ self.of_logit
+        own = torch.sigmoid((image * logit).sum(-1) + rest)[..., None]
+        partners = torch.sigmoid((part * logit).sum(-1) + rest)[..., None]  # 1 - sigmoid of the part's own logit
+        return torch.cat([shared + own * mixed, shared + partners * mixed])
+
+
+class FoldedLora(nn.Module):
+    """A projection for drawing, its LoRA added to the weights of each branch."""
+
+    @torch.no_grad()
+    def __init__(self, layer: LoraLayer, owner: BranchUNet) -> None:
+        super().__init__()
+        self.layer, self._alone = layer, lambda: owner._alone
+        base = layer.get_base_layer()
+        weights = torch.stack([base.weight + layer.get_delta_weight(name) for name in BRANCHES])
+        self.register_buffer("weights", weights.transpose(1, 2).contiguous(), persistent=False)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Rows (2 N, L, C), the image branch first; all by the base's weights while backgrounds pass."""
+        base = self.layer.get_base_layer()
+        if self._alone():
+            return base(hidden)
+        bias = torch.zeros((), dtype=hidden.dtype, device=hidden.device) if base.bias is None else base.bias
+        projected = torch.baddbmm(bias, hidden.unflatten(0, (2, -1)).flatten(1, 2), self.weights)
+        return projected.view(*hidden.shape[:-1], -1)
+
+
 class Compensation(nn.Module):
     """BCM before one self-attention: a background's input z_b to the same layer joins that of the image branch.
 
@@ -104,7 +167,9 @@ class BranchProcessor(nn.Module):
     """The attention processor of one layer: compensation, the stock attention, interaction.
 
     Attributes:
+        folded: What acts in the place of ``interaction`` while drawing.
         alone: True while backgrounds go through the base model: neither module acts, and ``seen`` is noted.
+        apart: True where the branches are not to interact.
         seen: The layer's input of the last background pass, where it has compensation.
         background: What compensation reads, or None.
     """
@@ -112,7 +177,8 @@ class BranchProcessor(nn.Module):
     def __init__(self, interaction: Interaction | None, compensation: Compensation | None) -> None:
         super().__init__()
         self.interaction, self.compensation = interaction, compensation
-        self.alone, self.seen, self.background = False, None, None
+        self.folded: FoldedInteraction | None = None
+        self.alone, self.apart, self.seen, self.background = False, False, None, None
 
     def forward(
         self,
@@ -129,7 +195,9 @@ class BranchProcessor(nn.Module):
         elif self.background is not None and itself:
             hidden_states, encoder_hidden_states = self.compensation(hidden_states, self.background)
         output = AttnProcessor2_0()(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
-        return output if self.alone or self.interaction is None else output + self.interaction(output)
+        if self.alone or self.apart or self.interaction is None:
+            return output
+        return output + (self.folded or self.interaction)(output)
 
 
 class BranchUNet(nn.Module):
@@ -173,9 +241,9 @@ class BranchUNet(nn.Module):
                 )
                 for name, layer in self.unet.named_modules() if isinstance(layer, Attention)
             })  # fmt: skip
-        for layer in self.unet.modules():
-            if isinstance(layer, LoraLayer):
-                layer.register_forward_pre_hook(self._route, with_kwargs=True)
+        self._loras = {name: layer for name, layer in self.unet.named_modules() if isinstance(layer, LoraLayer)}
+        for layer in self._loras.values():
+            layer.register_forward_pre_hook(self._route, with_kwargs=True)
         self.to(unet.device)
         self.check()
 
@@ -251,6 +319,32 @@ class BranchUNet(nn.Module):
         for processor, seen in zip(reading, background or [], strict=True):
             processor.background = seen  # kept after the call: gradient checkpointing computes the layer again
         return self.unet(noisy, timesteps, text).sample
+
+    def fold(self) -> None:
+        """Multiply out what is constant while drawing; trained values that change later are not seen."""
+        for name, layer in self._loras.items():
+            self.unet.set_submodule(name, FoldedLora(layer, self))
+        for processor in self.processors:
+            if processor.interaction is not None:
+                processor.folded = FoldedInteraction(processor.interaction)
+
+    def unfold(self) -> None:
+        """Back to the layers that are trained."""
+        for name, layer in self._loras.items():
+            self.unet.set_submodule(name, layer)
+        for processor in self.processors:
+            processor.folded = None
+
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """Within it the branches do not interact."""
+        try:
+            for processor in self.processors:
+                processor.apart = True
+            yield
+        finally:
+            for processor in self.processors:
+                processor.apart = False
 
     def counts(self) -> dict[str, int]:
         """How many parameters LoRA, SAIM and BCM have."""

@@ -450,14 +450,9 @@ figure
 # %%
 rows = []
 for r in wanted:
-    with_it = [images[0] for images in pair.denoised([r])]
-    processors = pair.dual(r.defect).branches.processors
-    taken = [(p, p.interaction) for p in processors]
-    for p in processors:
-        p.interaction = None
-    rows.append(with_it + [images[0] for images in pair.denoised([r])])
-    for p, interaction in taken:
-        p.interaction = interaction
+    together = pair.denoised([r])
+    with pair.dual(r.defect).branches.apart():
+        rows.append([images[0] for images in (*together, *pair.denoised([r]))])
 titles = ["image, SAIM", "part, SAIM", "image, without", "part, without"]
 figure = figures.sheet(rows, row_labels=[r.defect for r in wanted], column_labels=titles, scale=128 / s.size)
 figures.save(figure, folder, f"dualanodiff_interaction_{s.category}")

@@ -8,7 +8,7 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch.nn import functional as F
 
-from defectlib.branches import BranchUNet, Compensation, Interaction, pair_attention
+from defectlib.branches import BranchUNet, Compensation, FoldedInteraction, Interaction, pair_attention
 
 STEP = torch.tensor(500)
 
@@ -148,6 +148,37 @@ def test_compensation_by_hand():
     assert torch.allclose(keys[:2], 0.75 * hidden[:2] + 0.25 * released.mlp(behind)) and torch.equal(
         keys[2:], hidden[2:]
     )
+
+
+@pytest.mark.parametrize("released", [False, True])
+def test_folded_for_drawing_predicts_the_same(untrained, released):
+    """The layers multiplied out: the same function to rounding, also where backgrounds pass, and undone again."""
+    noisy, text = rows(untrained)
+    branches = disturbed(BranchUNet(untrained.unet, 4, 0, compensation=True, released=released))
+    with torch.no_grad():
+        look = branches.look(normal(1, 12, 16, 16, seed=5), STEP, untrained.embed([""]))
+        before = branches(noisy, STEP, text, look)
+        with branches.apart():
+            alone = branches(noisy, STEP, text, look)
+        branches.fold()
+        again = branches.look(normal(1, 12, 16, 16, seed=5), STEP, untrained.embed([""]))
+        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(look, again, strict=True))
+        folded = branches(noisy, STEP, text, look)
+        assert (folded - before).abs().max() < 1e-4 * before.abs().max() < (alone - before).abs().max()
+        with branches.apart():
+            assert (branches(noisy, STEP, text, look) - alone).abs().max() < 1e-4 * alone.abs().max()
+        branches.unfold()
+        assert torch.equal(branches(noisy, STEP, text, look), before)
+    branches.check()
+
+
+def test_a_folded_interaction_is_the_layer_to_rounding():
+    layer = Interaction(16, zero=False).double()
+    with torch.no_grad():
+        for value in layer.parameters():
+            value.copy_(normal(*value.shape, seed=value.numel()))
+        hidden = normal(6, 7, 16).double()
+        assert torch.allclose(FoldedInteraction(layer)(hidden), layer(hidden), rtol=1e-9, atol=1e-9)
 
 
 def test_gradient_checkpointing_changes_no_gradient(untrained):

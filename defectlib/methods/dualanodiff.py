@@ -140,6 +140,7 @@ class Dual(nn.Module):
         own = dict(zip(self.names, self.trained, strict=True))
         if {name: value.shape for name, value in state.items()} != {name: value.shape for name, value in own.items()}:
             raise ValueError("these branches were fitted with another rank, other parts or another base: fit them anew")
+        self.branches.unfold()
         with torch.no_grad():
             for name, value in state.items():
                 own[name].copy_(value)
@@ -296,6 +297,7 @@ class DualAnoDiff:
             self._dual = Dual(self.backbone, self.config, seed=0).requires_grad_(False)
         if self._holds != defect:
             self._dual.take(self.states[defect])
+            self._dual.branches.fold()
             self._holds = defect
         return self._dual
 
