@@ -2,8 +2,9 @@
 
 Nothing here draws a category of ``mini`` or reads a picture. Marks are painted flat on a tone, where ``mini`` cuts
 them into a relief under a lamp; there is no gear or nut, and blocks in bond, fibres and pebbles are relatives of its
-walls, lawns and gravel beds, drawn by other rules. What the base learns is what a large model would bring along: materials, silhouettes, that a sentence names what is in the picture, and roughly what
-a crack or a stain is. What one category's defects look like, and where they sit, few-shot adaptation has to add.
+walls, lawns and gravel beds, drawn by other rules. What the base learns is what a large model would bring along:
+materials, silhouettes, that a sentence names what is in the picture, and roughly what a crack or a stain is. What one
+category's defects look like, and where they sit, few-shot adaptation has to add.
 
 Five kinds of picture:
 

@@ -71,7 +71,7 @@ trained (`demo` protocol, one seed) on what the base model draws into moved mask
 
 {localisation}
 
-Relatives of four categories are in the world (blocks in bond, fibres, pebbles, discs with a bore), so zero-shot samples
+Relatives of four categories are in the world (blocks in bond, fibres, pebbles, rings), so zero-shot samples
 teach a part; what a method has to add is the distance from the first column to the second.
 
 Root mean square difference, in grey levels of 255, of `mini`'s defect images to the nearest picture that the model was
