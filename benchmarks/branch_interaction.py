@@ -20,22 +20,32 @@ import torch
 import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from training_step import stable_diffusion
 
 from defectlib import backbone
 from defectlib.backbone import Backbone
-from defectlib.branches import BRANCHES, PROJECTIONS, BranchProcessor, BranchUNet
+from defectlib.branches import BRANCHES, PROJECTIONS, BranchProcessor, BranchUNet, Route
 
 PAIRS, RANK = 4, 32
+
+
+class TurnRoute(Route):
+    """All rows take the LoRA of the branch whose turn it is."""
+
+    turn = ""
+
+    def __call__(self, layer: nn.Module, arguments: tuple, named: dict) -> tuple[tuple, dict]:
+        return arguments, named | {"adapter_names": [self.turn] * len(arguments[0])}
 
 
 class InTurn(BranchProcessor):
     """An attention processor: one branch after the other, then SAIM as attention over the two rows of a pair."""
 
-    def __init__(self, owner: BranchUNet, processor: BranchProcessor) -> None:
+    def __init__(self, route: TurnRoute, processor: BranchProcessor) -> None:
         super().__init__(processor.interaction, None)
-        self._owner = [owner]
+        self.route = route
 
     def forward(
         self, attn: Attention, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, **_
@@ -44,24 +54,12 @@ class InTurn(BranchProcessor):
         texts = [None, None] if encoder_hidden_states is None else encoder_hidden_states.chunk(2)
         outputs = []
         for name, rows, text in zip(BRANCHES, hidden_states.chunk(2), texts, strict=True):
-            self._owner[0].turn = name
+            self.route.turn = name
             outputs.append(AttnProcessor2_0()(attn, rows, text))
-        self._owner[0].turn = None
         pairs, saim = torch.stack(outputs, 2), self.interaction  # (N, L, 2, C)
-        entered = saim.enter(saim.norm(pairs))
+        entered = saim.proj_in(saim.norm(pairs))
         mixed = F.scaled_dot_product_attention(saim.query(entered), saim.key(entered), saim.value(entered))
-        return torch.cat(list((pairs + saim.leave(mixed)).unbind(2)))
-
-
-class BranchesInTurn(BranchUNet):
-    """The same branches with :class:`InTurn` in every attention layer."""
-
-    turn = None
-
-    def _route(self, layer: nn.Module, arguments: tuple, named: dict) -> tuple[tuple, dict]:
-        if self.turn is None:
-            return super()._route(layer, arguments, named)
-        return arguments, named | {"adapter_names": [self.turn] * len(arguments[0])}
+        return torch.cat(list((pairs + saim.proj_out(mixed)).unbind(2)))
 
 
 def trained(branches: BranchUNet) -> BranchUNet:
@@ -74,12 +72,17 @@ def trained(branches: BranchUNet) -> BranchUNet:
     return branches
 
 
-def in_turn(branches: BranchUNet, base: Backbone) -> BranchesInTurn:
+def in_turn(branches: BranchUNet, base: Backbone) -> BranchUNet:
     """The reference form with the weights of ``branches``."""
-    other = BranchesInTurn(base.unet, RANK, 0)
+    other, route = BranchUNet(base.unet, RANK, 0), TurnRoute()
     other.load_state_dict(branches.state_dict())
+    for layer in other.unet.modules():
+        if isinstance(layer, LoraLayer):
+            layer._forward_pre_hooks.clear()
+            layer._forward_pre_hooks_with_kwargs.clear()
+            layer.register_forward_pre_hook(route, with_kwargs=True)
     layers = {name: m for name, m in other.unet.named_modules() if isinstance(m, Attention)}
-    processors = {f"{name}.processor": InTurn(other, layer.processor) for name, layer in layers.items()}
+    processors = {f"{name}.processor": InTurn(route, layer.processor) for name, layer in layers.items()}
     other.unet.set_attn_processor(processors)
     return other.eval()
 
@@ -110,8 +113,6 @@ def measure(base: Backbone, size: int, rounds: int) -> dict:
     text = base.embed(["a vfx with sks"] * PAIRS + ["sks"] * PAIRS)
     step = torch.tensor(500, device=device)
     branches = trained(BranchUNet(base.unet, RANK, 0)).eval()
-    plain = copy.deepcopy(base.unet)
-    plain.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=PROJECTIONS))
 
     def training(model: nn.Module, predict: Callable[[], Tensor]) -> Callable[[], None]:
         weights = [p for p in model.parameters() if p.requires_grad]
@@ -124,6 +125,11 @@ def measure(base: Backbone, size: int, rounds: int) -> dict:
 
         return run
 
+    found = {}
+    ours = training(branches, lambda: branches(noisy, step, text))
+    ours()
+    if device.type == "cuda":  # of the branches and the base model beside them, before the other forms are made
+        found["peak_memory_mb"] = round(torch.cuda.max_memory_allocated() / 2**20)
     slow = in_turn(branches, base)
     with torch.no_grad():
         difference = (branches(noisy, step, text) - slow(noisy, step, text)).abs().max().item()
@@ -134,19 +140,15 @@ def measure(base: Backbone, size: int, rounds: int) -> dict:
             "in_turn": lambda: slow(noisy, step, text),
         }, device, rounds)  # fmt: skip
     branches.unfold()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    fitting = medians({
-        "ours": training(branches, lambda: branches(noisy, step, text)),
-        "reference": training(plain, lambda: plain(noisy, step, text).sample),
-    }, device, rounds)  # fmt: skip
-    found = {f"{name}_s": round(seconds, 4) for name, seconds in drawing.items()}
+    plain = copy.deepcopy(base.unet)
+    plain.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=PROJECTIONS))
+    reference = training(plain, lambda: plain(noisy, step, text).sample)
+    fitting = medians({"ours": ours, "reference": reference}, device, rounds)
+    found |= {f"{name}_s": round(seconds, 4) for name, seconds in drawing.items()}
     found |= {"ratio": round(drawing["ours"] / drawing["reference"], 4), "max_abs_diff": max(difference, folded)}
     found["training"] = {f"{name}_s": round(seconds, 4) for name, seconds in fitting.items()} | {
         "ratio": round(fitting["ours"] / fitting["reference"], 4)
     }
-    if device.type == "cuda":
-        found["peak_memory_mb"] = round(torch.cuda.max_memory_allocated() / 2**20)
     return found
 
 

@@ -40,7 +40,8 @@ def pair_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """
     partner_key, partner_value = (torch.roll(x, len(x) // 2, 0) for x in (key, value))
     logit = (query * (key - partner_key)).sum(-1, keepdim=True) / query.shape[-1] ** 0.5
-    return torch.lerp(partner_value, value, torch.sigmoid(logit))
+    # Under autocast the sum comes out in float32, and lerp takes one type.
+    return torch.lerp(partner_value, value, torch.sigmoid(logit).to(value.dtype))
 
 
 class Interaction(nn.Module):
@@ -56,15 +57,15 @@ class Interaction(nn.Module):
     def __init__(self, width: int, zero: bool = True) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width)
-        self.enter, self.query, self.key, self.value, self.leave = (nn.Linear(width, width) for _ in range(5))
+        self.proj_in, self.query, self.key, self.value, self.proj_out = (nn.Linear(width, width) for _ in range(5))
         if zero:
-            nn.init.zeros_(self.leave.weight)
-            nn.init.zeros_(self.leave.bias)
+            nn.init.zeros_(self.proj_out.weight)
+            nn.init.zeros_(self.proj_out.bias)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """What the pair adds to ``hidden``."""
-        entered = self.enter(self.norm(hidden))
-        return self.leave(pair_attention(self.query(entered), self.key(entered), self.value(entered)))
+        entered = self.proj_in(self.norm(hidden))
+        return self.proj_out(pair_attention(self.query(entered), self.key(entered), self.value(entered)))
 
 
 class FoldedInteraction(nn.Module):
@@ -80,12 +81,12 @@ class FoldedInteraction(nn.Module):
         super().__init__()
         self.norm = layer.norm
         enter, query, key, value, leave = (
-            part.weight.double() for part in (layer.enter, layer.query, layer.key, layer.value, layer.leave)
+            part.weight.double() for part in (layer.proj_in, layer.query, layer.key, layer.value, layer.proj_out)
         )
-        into = layer.enter.bias.double()
+        into = layer.proj_in.bias.double()
         entered_query = query @ into + layer.query.bias.double()
         out = leave @ value @ enter
-        bias = leave @ (value @ into + layer.value.bias.double()) + layer.leave.bias.double()
+        bias = leave @ (value @ into + layer.value.bias.double()) + layer.proj_out.bias.double()
         scale = enter.shape[0] ** -0.5
         tensors = {
             "of_difference": torch.cat([scale * (enter.T @ query.T @ key @ enter), out]),  # G, then B
@@ -94,7 +95,7 @@ class FoldedInteraction(nn.Module):
             "bias": bias,
         }
         for name, tensor in tensors.items():
-            self.register_buffer(name, tensor.to(layer.leave.weight.dtype), persistent=False)
+            self.register_buffer(name, tensor.to(layer.proj_out.weight.dtype), persistent=False)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """What the pair adds to ``hidden``, (2 N, L, C)."""
@@ -107,13 +108,31 @@ class FoldedInteraction(nn.Module):
         return torch.cat([shared + own * mixed, shared + partners * mixed])
 
 
+class Route:
+    """A forward pre-hook of every LoRA layer: each row takes the LoRA of its branch.
+
+    Without it peft would add up both branches' in every row.
+
+    Attributes:
+        base_only: True while backgrounds pass: no row takes any.
+    """
+
+    base_only = False
+
+    def __call__(self, layer: nn.Module, arguments: tuple, named: dict) -> tuple[tuple, dict]:
+        """Hand peft the names of the rows' adapters, the first half's "image", the second half's "part"."""
+        rows = len(arguments[0])
+        names = [BASE] * rows if self.base_only else [name for name in BRANCHES for _ in range(rows // 2)]
+        return arguments, named | {"adapter_names": names}
+
+
 class FoldedLora(nn.Module):
     """A projection for drawing, its LoRA added to the weights of each branch."""
 
     @torch.no_grad()
-    def __init__(self, layer: LoraLayer, owner: BranchUNet) -> None:
+    def __init__(self, layer: LoraLayer, route: Route) -> None:
         super().__init__()
-        self.layer, self._alone = layer, lambda: owner._alone
+        self.layer, self.route = layer, route
         base = layer.get_base_layer()
         weights = torch.stack([base.weight + layer.get_delta_weight(name) for name in BRANCHES])
         self.register_buffer("weights", weights.transpose(1, 2).contiguous(), persistent=False)
@@ -121,7 +140,7 @@ class FoldedLora(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         """Rows (2 N, L, C), the image branch first; all by the base's weights while backgrounds pass."""
         base = self.layer.get_base_layer()
-        if self._alone():
+        if self.route.base_only:
             return base(hidden)
         bias = torch.zeros((), dtype=hidden.dtype, device=hidden.device) if base.bias is None else base.bias
         projected = torch.baddbmm(bias, hidden.unflatten(0, (2, -1)).flatten(1, 2), self.weights)
@@ -168,7 +187,7 @@ class BranchProcessor(nn.Module):
 
     Attributes:
         folded: What acts in the place of ``interaction`` while drawing.
-        alone: True while backgrounds go through the base model: neither module acts, and ``seen`` is noted.
+        base_only: True while backgrounds go through the base model: neither module acts, and ``seen`` is noted.
         apart: True where the branches are not to interact.
         seen: The layer's input of the last background pass, where it has compensation.
         background: What compensation reads, or None.
@@ -178,7 +197,7 @@ class BranchProcessor(nn.Module):
         super().__init__()
         self.interaction, self.compensation = interaction, compensation
         self.folded: FoldedInteraction | None = None
-        self.alone, self.apart, self.seen, self.background = False, False, None, None
+        self.base_only, self.apart, self.seen, self.background = False, False, None, None
 
     def forward(
         self,
@@ -190,14 +209,19 @@ class BranchProcessor(nn.Module):
     ) -> Tensor:
         """Attention of ``hidden_states`` (2 N, L, C) to itself or to the text."""
         itself = encoder_hidden_states is None
-        if self.alone and itself and self.compensation is not None:
+        if self.base_only and itself and self.compensation is not None:
             self.seen = hidden_states
         elif self.background is not None and itself:
             hidden_states, encoder_hidden_states = self.compensation(hidden_states, self.background)
         output = AttnProcessor2_0()(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
-        if self.alone or self.apart or self.interaction is None:
+        if self.base_only or self.apart or self.interaction is None:
             return output
         return output + (self.folded or self.interaction)(output)
+
+
+def lora(rank: int, projections: list[str]) -> LoraConfig:
+    """LoRA of scale 1 that starts as the released code's: B zero, A normal with a standard deviation of 1 / rank."""
+    return LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=projections)
 
 
 class BranchUNet(nn.Module):
@@ -224,14 +248,14 @@ class BranchUNet(nn.Module):
     ) -> None:
         super().__init__()
         self.unet = copy.deepcopy(unet).requires_grad_(False)
-        self._alone = False
+        self.route = Route()
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             # Adapters first, processors last: adding an adapter may reset processors (huggingface/diffusers#6966).
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "Already found a `peft_config`")  # two adapters are what is wanted
                 for name in BRANCHES:
-                    self.unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=PROJECTIONS), name)
+                    self.unet.add_adapter(lora(rank, PROJECTIONS), name)
             self.unet.set_adapter(list(BRANCHES))
             self.unet.set_attn_processor({
                 f"{name}.processor": BranchProcessor(
@@ -243,20 +267,9 @@ class BranchUNet(nn.Module):
             })  # fmt: skip
         self._loras = {name: layer for name, layer in self.unet.named_modules() if isinstance(layer, LoraLayer)}
         for layer in self._loras.values():
-            layer.register_forward_pre_hook(self._route, with_kwargs=True)
+            layer.register_forward_pre_hook(self.route, with_kwargs=True)
         self.to(unet.device)
         self.check()
-
-    def _route(self, _: nn.Module, arguments: tuple, named: dict) -> tuple[tuple, dict]:
-        """Every row takes the LoRA of its branch; without a route peft would add up both branches' in every row."""
-        rows = len(arguments[0])
-        if self._alone:
-            names = [BASE] * rows
-        elif rows % 2:
-            raise ValueError(f"{rows} rows are no pairs: give the image branch's, then as many of the part branch")
-        else:
-            names = [name for name in BRANCHES for _ in range(rows // 2)]
-        return arguments, named | {"adapter_names": names}
 
     @property
     def processors(self) -> list[BranchProcessor]:
@@ -264,18 +277,19 @@ class BranchUNet(nn.Module):
         return [m.processor for m in self.unet.modules() if isinstance(m, Attention)]
 
     def check(self) -> None:
-        """Raise RuntimeError where a layer lost its processor or a projection its LoRA, as helper calls may do."""
+        """Raise RuntimeError where a layer lost its processor, or a projection its routed LoRA, to a helper call."""
         lost = sum(not isinstance(processor, BranchProcessor) for processor in self.processors)
         routed, wanted = [m for m in self.unet.modules() if isinstance(m, LoraLayer)], 4 * len(self.processors)
+        routed = [m for m in routed if self.route in m._forward_pre_hooks.values()]
         if lost or len(routed) != wanted:
             raise RuntimeError(
-                f"{lost} attention layers lost their processor, {len(routed)} of {wanted} projections have LoRA"
+                f"{lost} attention layers lost their processor, {len(routed)} of {wanted} projections have routed LoRA"
             )
         if any(set(m.active_adapters) != set(BRANCHES) for m in routed):
             raise RuntimeError("one branch's LoRA is not active: it would be frozen, and left out of the prediction")
 
     @torch.no_grad()
-    def look(self, latents: Tensor, timesteps: Tensor, text: Tensor) -> list[Tensor]:
+    def background_features(self, latents: Tensor, timesteps: Tensor, text: Tensor) -> list[Tensor]:
         """The self-attention inputs of backgrounds in the frozen base model, for BCM.
 
         Args:
@@ -286,17 +300,17 @@ class BranchUNet(nn.Module):
         Returns:
             (M, L, C) for each layer that has compensation and is no cross-attention, in their order.
         """
-        self._turn(alone=True)
+        self._set(base_only=True)
         try:
             self.unet(latents, timesteps, text)
             return [processor.seen for processor in self.processors if processor.seen is not None]
         finally:
-            self._turn(alone=False)
+            self._set(base_only=False)
 
-    def _turn(self, *, alone: bool) -> None:
-        self._alone = alone
+    def _set(self, *, base_only: bool) -> None:
+        self.route.base_only = base_only
         for processor in self.processors:
-            processor.alone, processor.seen, processor.background = alone, None, None
+            processor.base_only, processor.seen, processor.background = base_only, None, None
 
     def forward(
         self, noisy: Tensor, timesteps: Tensor, text: Tensor, background: Sequence[Tensor] | None = None
@@ -307,11 +321,18 @@ class BranchUNet(nn.Module):
             noisy: Latents (2 N, C, h, w), the image branch first; row i and row N + i are a pair.
             timesteps: A scalar, or (2 N,).
             text: (2 N, L, D).
-            background: What :meth:`look` returned, for M backgrounds; N is a multiple of M, and they repeat as a whole.
+            background: What :meth:`background_features` returned for M backgrounds; N is a multiple of M, and they
+                repeat as a whole.
 
         Raises:
             ValueError: The branches have BCM and no background is given, or the other way round; or the rows are odd.
         """
+        if len(noisy) % 2:
+            raise ValueError(
+                f"{len(noisy)} rows are no pairs: give the image branch's, then as many of the part branch"
+            )
+        if not all(isinstance(processor, BranchProcessor) for processor in self.processors):
+            self.check()
         reading = [p for m in self.unet.modules() if isinstance(m, Attention) and not m.is_cross_attention
                    for p in [m.processor] if p.compensation is not None]  # fmt: skip
         if len(background or []) != len(reading):
@@ -322,8 +343,9 @@ class BranchUNet(nn.Module):
 
     def fold(self) -> None:
         """Multiply out what is constant while drawing; trained values that change later are not seen."""
+        self.check()
         for name, layer in self._loras.items():
-            self.unet.set_submodule(name, FoldedLora(layer, self))
+            self.unet.set_submodule(name, FoldedLora(layer, self.route))
         for processor in self.processors:
             if processor.interaction is not None:
                 processor.folded = FoldedInteraction(processor.interaction)

@@ -19,6 +19,7 @@ import torch
 from defectlib import backbone, paths, runs, sampling
 from defectlib import downstream as models
 from defectlib.masks.interpolation import NoMask, mask_iou
+from defectlib.masks.shape import usable
 from defectlib.metrics import quality as quality_metrics
 from defectlib.metrics import regions
 from defectlib.runs import RunFolder
@@ -147,6 +148,8 @@ def downstream(s: Study, method: str, seed: int) -> dict[str, Any]:
             reason = f"the split '{s.settings.data.split}' holds no defect image of {s.category} out"
         elif method != SHOTS_ONLY and {item.defect for item in drawn} != set(s.defects):
             reason = "no mask could be drawn for some defects"
+        elif method != SHOTS_ONLY and not any(usable(item.mask) for item in drawn):
+            reason = "every drawn mask is empty or full"
         if reason:
             metrics.extend({"metric": m, "value": None, "protocol": {"why_withheld": reason}} for m in WITHHELD)
         else:
@@ -192,7 +195,9 @@ def _classification(s: Study, folder: RunFolder, shots: list, drawn: list, held_
 def _localisation(s: Study, folder: RunFolder, train: list, held_out: list, seed: int) -> list[dict]:
     """Defect localisation, scored per pixel and per image (DefectSynth, Section V-A.2)."""
     settings = s.settings.downstream.localiser
-    real = isinstance(train[0], Shot)
+    real, offered = isinstance(train[0], Shot), len(train)
+    # A drawn pair whose mask is empty or full would teach that its defect is none, or everywhere.
+    train = [item for item in train if real or usable(item.mask)]
     pictures, masks = sampling.stack(train)
     model, curve = models.train_localiser(pictures, masks, torch.stack(s.normals(seed)), settings, seed)
     maps = models.predict_maps(model, torch.stack([image for image, *_ in held_out])).numpy()
@@ -206,6 +211,7 @@ def _localisation(s: Study, folder: RunFolder, train: list, held_out: list, seed
     protocol = {
         "task": "localisation", **settings.model_dump(), "selection": models.SELECTION, "n_real": len(held_out),
         "n_train_real": len(train) if real else 0, "n_generated": 0 if real else len(train),
+        "left_out": offered - len(train),
         "image_size": s.size, "final_loss": curve[-1],
     }  # fmt: skip
     scores = regions.pixel_metrics(maps, truth) | regions.image_metrics(

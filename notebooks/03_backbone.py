@@ -248,7 +248,7 @@ pd.DataFrame({"column": range(1, len(prompts) + 1), "prompt": prompts}).set_inde
 # The first column of numbers is the autoencoder alone, which no inversion can pass.
 
 # %%
-ways, returned, spread = {"20 steps": (20, 1), "50 steps": (50, 1), "20 steps, solved": (20, 8)}, {}, {}
+ways, returned, spread = {"20 steps": (20, 1), "50 steps": (50, 1), "20 steps, solved": (20, 4)}, {}, {}
 for way, (count, iterations) in ways.items():
     space = diffusion.latent_space(base, count, iterations=iterations)
     found = space.to_noise(real)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from peft.tuners.lora import LoraLayer
 from torch.nn import functional as F
 
 from defectlib.branches import BranchUNet, Compensation, FoldedInteraction, Interaction, pair_attention
@@ -43,14 +44,14 @@ def test_with_the_partner_masked_out_interaction_is_its_one_token_form():
     """A partner whose logit is -inf leaves softmax = 1 on the own value: Linear_o(v)."""
     layer = Interaction(8, zero=False)
     hidden = normal(4, 5, 8)
-    entered = layer.enter(layer.norm(hidden))
+    entered = layer.proj_in(layer.norm(hidden))
     query, key, value = layer.query(entered), layer.key(entered), layer.value(entered)
     # One pair after another: the partner's key is pushed against the own query.
     for i in range(4):
         far = key.clone()
         far[(i + 2) % 4] = key[i] - 1e4 * query[i].sign()
         alone = pair_attention(query, far, value)[i]
-        assert torch.allclose(layer.leave(alone), layer.leave(value[i]), atol=1e-5)
+        assert torch.allclose(layer.proj_out(alone), layer.proj_out(value[i]), atol=1e-5)
 
 
 def test_interaction_is_symmetric_in_the_branches():
@@ -108,7 +109,10 @@ def test_a_background_moves_the_image_branch_alone(untrained, released):
     branches = BranchUNet(untrained.unet, 4, 0, interaction=False, compensation=True, released=released)
     disturbed(branches)
     with torch.no_grad():
-        looks = [branches.look(normal(1, 12, 16, 16, seed=seed), STEP, untrained.embed([""])) for seed in (5, 6)]
+        looks = [
+            branches.background_features(normal(1, 12, 16, 16, seed=seed), STEP, untrained.embed([""]))
+            for seed in (5, 6)
+        ]
         first, second = (branches(noisy, STEP, text, look) for look in looks)
         many = branches(noisy, STEP, text, [layer.repeat(2, 1, 1) for layer in looks[0]])
     assert (first[:2] - second[:2]).abs().max() > 1e-4 and torch.equal(first[2:], second[2:])
@@ -128,7 +132,7 @@ def test_a_background_is_seen_by_the_base_alone(untrained):
         untrained.unet(latents, STEP, text)
     for handle in handles:
         handle.remove()
-    looked = branches.look(latents, STEP, text)
+    looked = branches.background_features(latents, STEP, text)
     assert len(looked) == len(layers)
     assert all(torch.equal(seen, inputs[layer]) for seen, layer in zip(looked, layers, strict=True))
 
@@ -156,12 +160,12 @@ def test_folded_for_drawing_predicts_the_same(untrained, released):
     noisy, text = rows(untrained)
     branches = disturbed(BranchUNet(untrained.unet, 4, 0, compensation=True, released=released))
     with torch.no_grad():
-        look = branches.look(normal(1, 12, 16, 16, seed=5), STEP, untrained.embed([""]))
+        look = branches.background_features(normal(1, 12, 16, 16, seed=5), STEP, untrained.embed([""]))
         before = branches(noisy, STEP, text, look)
         with branches.apart():
             alone = branches(noisy, STEP, text, look)
         branches.fold()
-        again = branches.look(normal(1, 12, 16, 16, seed=5), STEP, untrained.embed([""]))
+        again = branches.background_features(normal(1, 12, 16, 16, seed=5), STEP, untrained.embed([""]))
         assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(look, again, strict=True))
         folded = branches(noisy, STEP, text, look)
         assert (folded - before).abs().max() < 1e-4 * before.abs().max() < (alone - before).abs().max()
@@ -183,17 +187,34 @@ def test_a_folded_interaction_is_the_layer_to_rounding():
 
 def test_gradient_checkpointing_changes_no_gradient(untrained):
     noisy, text = rows(untrained)
-    grads = []
+    grads, again = [], []
     for checkpointing in (False, True):
-        branches = disturbed(BranchUNet(untrained.unet, 4, 0, compensation=True))
+        branches = disturbed(BranchUNet(untrained.unet, 4, 0, compensation=True)).eval()
         if checkpointing:
             branches.unet.enable_gradient_checkpointing()
-            branches.train()
-        look = branches.look(normal(2, 12, 16, 16, seed=5), STEP, untrained.embed([""] * 2))
-        branches(noisy, STEP, text, look).square().mean().backward()
+        calls = []
+        branches.processors[0].register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        background = branches.background_features(normal(2, 12, 16, 16, seed=5), STEP, untrained.embed([""] * 2))
+        branches(noisy, STEP, text, background).square().mean().backward()
         grads.append([p.grad for p in branches.parameters() if p.requires_grad and p.grad is not None])
+        again.append(len(calls))
+    assert again == [2, 3], "the layer is computed again for its gradient"
     assert len(grads[0]) == len(grads[1]) > 0
     assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-7) for a, b in zip(*grads, strict=True))
+
+
+@pytest.mark.parametrize("compensation", [False, True])
+def test_a_step_in_bfloat16(untrained, compensation):
+    noisy, text = rows(untrained)
+    branches = disturbed(BranchUNet(untrained.unet, 4, 0, compensation=compensation))
+    with torch.autocast("cpu", torch.bfloat16):
+        background = None
+        if compensation:
+            background = branches.background_features(normal(2, 12, 16, 16), STEP, untrained.embed([""] * 2))
+        branches(noisy, STEP, text, background).float().square().mean().backward()
+    assert all(p.grad.isfinite().all() for p in branches.parameters() if p.grad is not None)
+    q, k, v = (normal(4, 5, 8, seed=i) for i in range(3))
+    assert pair_attention(q, k, v.bfloat16()).dtype == torch.bfloat16, "a sum in float32 does not spread"
 
 
 def test_what_was_dropped_is_an_error(untrained):
@@ -202,7 +223,12 @@ def test_what_was_dropped_is_an_error(untrained):
     with pytest.raises(ValueError, match="3 rows are no pairs"):
         branches(noisy[:3], STEP, text[:3])
     next(m for m in branches.unet.modules() if isinstance(m, Attention)).set_processor(AttnProcessor2_0())
-    with pytest.raises(RuntimeError, match="1 attention layers lost their processor"):
+    for broken in (branches.check, branches.fold, lambda: branches(noisy, STEP, text)):
+        with pytest.raises(RuntimeError, match="1 attention layers lost their processor"):
+            broken()
+    branches = BranchUNet(untrained.unet, 4, 0)
+    next(m for m in branches.unet.modules() if isinstance(m, LoraLayer))._forward_pre_hooks.clear()
+    with pytest.raises(RuntimeError, match="projections have routed LoRA"):
         branches.check()
     branches = BranchUNet(untrained.unet, 4, 0)
     branches.unet.set_adapter("part")

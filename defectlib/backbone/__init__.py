@@ -93,7 +93,9 @@ class Backbone:
     def embed(self, prompts: Sequence[str]) -> Tensor:
         """Prompts to the text encoder's last hidden states (N, L, D); each distinct prompt is encoded once, alone."""
         for prompt in dict.fromkeys(prompts):
-            if prompt not in self._embedded:
+            if prompt in self._embedded:
+                continue
+            with torch.autocast(self.device.type, enabled=False):  # kept for all who ask later
                 self._embedded[prompt] = self.text_encoder(tokenize(self.tokenizer, [prompt]).to(self.device))[0][0]
         return torch.stack([self._embedded[prompt] for prompt in prompts])
 

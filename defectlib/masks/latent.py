@@ -43,13 +43,13 @@ FELL_BACK = "latent space gave none: drawn in image space"
 class Space:
     """A way to noise and back: images (N, 3, H, W) in [-1, 1] to noise (N, C, h, w), and noise to images.
 
-    Each mask is inverted once, and the frames of a pair are drawn once: a few shots serve many requests.
+    Each mask is inverted once, and each frame between two is drawn once: a few shots serve many requests.
     """
 
     to_noise: Callable[[Tensor], Tensor]
     from_noise: Callable[[Tensor], Tensor]
     _known: dict[bytes, Tensor] = field(default_factory=dict, repr=False)
-    _frames: dict[tuple[bytes, bytes], Frames] = field(default_factory=dict, repr=False)
+    _frames: dict[tuple[bytes, bytes, float], Frames] = field(default_factory=dict, repr=False)
 
     def noise(self, mask: Tensor) -> Tensor:
         """The noise (C, h, w) that a mask, bool (1, H, W), comes from."""
@@ -58,11 +58,11 @@ class Space:
             self._known[key] = self.to_noise(mask.float().expand(3, -1, -1)[None] * 2 - 1)[0]
         return self._known[key]
 
-    def frames(self, first: Tensor, second: Tensor) -> Frames:
-        """What :func:`interpolate` draws between two masks at its usual weights."""
-        key = _key(first), _key(second)
+    def frame(self, first: Tensor, second: Tensor, alpha: float) -> Frames:
+        """The one frame that :func:`interpolate` draws between two masks at a weight."""
+        key = _key(first), _key(second), alpha
         if key not in self._frames:
-            self._frames[key] = interpolate(first, second, self)
+            self._frames[key] = interpolate(first, second, self, [alpha])
         return self._frames[key]
 
 
@@ -106,11 +106,10 @@ def hmi_latent(space: Space) -> Callable[..., Tensor]:
 
         def draw(generator: np.random.Generator) -> Tensor | str:
             i, j = sorted(generator.choice(len(shots), 2, replace=False))
-            frames = space.frames(shots[i].mask, shots[j].mask)
-            k = generator.integers(len(frames.masks))
-            if frames.refused[k]:
-                return BLACK if frames.refused[k] == BLACK else NOT_KEPT
-            return settled(frames.masks[k], allowed)
+            frame = space.frame(shots[i].mask, shots[j].mask, float(generator.choice(weights())))
+            if frame.refused[0]:
+                return BLACK if frame.refused[0] == BLACK else NOT_KEPT
+            return settled(frame.masks[0], allowed)
 
         mask, counts = redraw(draw, rng, lambda drawn: flaws(drawn, allowed, (min(areas), max(areas))), defect)
         if refused is not None:

@@ -35,3 +35,8 @@ def describe(mask: Tensor) -> Shape:
     spread = np.cov(points.T, bias=True) if len(points) > 1 else np.zeros((2, 2))
     small, large = np.linalg.eigvalsh(spread + np.eye(2) / 12)
     return Shape(float(values.mean()), int(n), float(np.sqrt(large / small)))
+
+
+def usable(mask: Tensor) -> bool:
+    """Whether a mask says where a defect is: it is neither empty nor full."""
+    return bool(mask.any()) and not bool(mask.all())

@@ -17,9 +17,15 @@ BCM                   joins all of a self-attention's input,      joins keys and
 background latents    scaled by the VAE's factor                  unscaled
 --------------------  ------------------------------------------  ---------------------------------------
 scheduler             the base model's noise schedule, DDIM       PNDM
+background pass       the frozen base with an empty prompt, no    the UNet that is trained, with gradients
+                      gradient; one noise for all samples
 unconditional rows    the same background as conditional ones     latents of a zero image
+crops                 off; a fixed set a shot where asked for      resized and cropped anew each time
+flips                 of every category, unless switched off      none for "cable"
 mask                  the part's departure from grey              U^2-Net on the part, at 0.5
 ====================  ==========================================  =======================================
+
+U^2-Net and its weights are not part of this project.
 """
 
 from __future__ import annotations
@@ -28,23 +34,23 @@ import copy
 import hashlib
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import ClassVar, Literal
 
 import numpy as np
 import safetensors.torch
 import torch
-from peft import LoraConfig
 from pydantic import Field
 from torch import Tensor, nn
 
 from defectlib import paths
 from defectlib.backbone import ENCODE_BATCH, Backbone, tokenize
-from defectlib.branches import BranchUNet
+from defectlib.branches import BranchUNet, lora
 from defectlib.diffusion import denoise, noise_like, noised
 from defectlib.images import resize_image, resize_mask
 from defectlib.masks.extraction import FLOOR, extract
+from defectlib.masks.shape import usable
 from defectlib.masks.trimap import foreground
 from defectlib.methods.base import MethodConfig, register
 from defectlib.training import Curve, FitSettings, State, fit, once
@@ -54,6 +60,7 @@ PROMPTS = ("a vfx with sks", "sks")
 TURNS = ((), (-1,), (-2,), (-2, -1))
 # What starts from noise: each has a stream of its own under one seed.
 IMAGE, PART, BACKGROUND = range(3)
+ENDED = "ended"
 
 
 class DualAnoDiffConfig(MethodConfig):
@@ -111,8 +118,7 @@ class Dual(nn.Module):
         projections = ["q_proj", "k_proj", "v_proj", "out_proj"]
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            lora = LoraConfig(r=config.rank, lora_alpha=config.rank, target_modules=projections)
-            self.text_encoder.add_adapter(lora, "text")
+            self.text_encoder.add_adapter(lora(config.rank, projections), "text")
         self.register_buffer("tokens", tokenize(base.tokenizer, [*PROMPTS, ""]), persistent=False)
         if config.gradient_checkpointing:
             self.branches.unet.enable_gradient_checkpointing()
@@ -126,24 +132,25 @@ class Dual(nn.Module):
         """The image's prompt, the part's, and the empty one, (3, L, D)."""
         return self.text_encoder(self.tokens)[0]
 
-    def state(self) -> State:
+    def trained_state(self) -> State:
         """A copy on the CPU of all that is trained, by name."""
         values = (value.detach().cpu().contiguous().clone() for value in self.trained)
         return dict(zip(self.names, values, strict=True))
 
-    def take(self, state: State) -> None:
-        """Set what is trained to what :meth:`state` held.
-
-        Raises:
-            ValueError: It is of another rank, other parts (SAIM, BCM) or another base model.
-        """
+    def expect(self, state: State) -> None:
+        """Raise ValueError where a state is of another rank, other parts (SAIM, BCM) or another base model."""
         own = dict(zip(self.names, self.trained, strict=True))
         if {name: value.shape for name, value in state.items()} != {name: value.shape for name, value in own.items()}:
             raise ValueError("these branches were fitted with another rank, other parts or another base: fit them anew")
+
+    def load_trained(self, state: State) -> None:
+        """Set what is trained to what :meth:`trained_state` held, ready to draw."""
+        self.expect(state)
         self.branches.unfold()
         with torch.no_grad():
-            for name, value in state.items():
-                own[name].copy_(value)
+            for name, value in zip(self.names, self.trained, strict=True):
+                value.copy_(state[name])
+        self.branches.fold()
 
 
 def background(image: Tensor) -> Tensor:
@@ -154,38 +161,36 @@ def background(image: Tensor) -> Tensor:
     return image * ~foreground(image)
 
 
-def cropped(shot: Shot, side: float, rng: np.random.Generator) -> Shot:
-    """A random square window of a shot, its side at least this share of the image's, at the image's size again.
+def crop_box(mask: Tensor, side: float, rng: np.random.Generator) -> tuple[slice, slice]:
+    """A random square window, its side at least this share of the mask's, with half of the defect in it or more.
 
-    It holds half of the defect or more: of 32 windows the first that does, else the whole image.
+    Of 32 windows the first that has it, else the whole.
     """
-    size = shot.image.shape[-1]
+    size = mask.shape[-1]
     for _ in range(32):
         length = int(rng.integers(round(side * size), size + 1))
         y, x = rng.integers(size - length + 1, size=2)
-        mask = shot.mask[:, y : y + length, x : x + length]
-        if 2 * mask.sum() >= shot.mask.sum():
-            image = resize_image(shot.image[:, y : y + length, x : x + length], size)
-            return Shot(image, resize_mask(mask, size), shot.category, shot.defect, shot.id)
-    return shot
+        box = slice(y, y + length), slice(x, x + length)
+        if 2 * mask[:, *box].sum() >= mask.sum():
+            return box
+    return slice(0, size), slice(0, size)
 
 
 def training_pictures(shots: Sequence[Shot], config: DualAnoDiffConfig, seed: int) -> dict[str, Tensor]:
     """What is learned from: "image", "part" and with compensation "background", (N, 3, H, W) each, row by row."""
-    crops = [
-        cropped(shot, config.crop_side, np.random.default_rng([seed, i, k]))
-        for i, shot in enumerate(shots) for k in range(config.crops)
-    ]  # fmt: skip
-    shots = [*shots, *crops]
-    pictures = {
-        "image": torch.stack([shot.image for shot in shots]),
-        "part": torch.stack([shot.image * shot.mask for shot in shots]),
-    }
-    if config.compensation:
-        pictures["background"] = torch.stack([background(shot.image) for shot in shots])
-    if config.flips:
-        pictures = {name: torch.cat([images.flip(turn) for turn in TURNS]) for name, images in pictures.items()}
-    return pictures
+    pictures: dict[str, list[Tensor]] = {"image": [], "part": []} | ({"background": []} if config.compensation else {})
+    for k in range(1 + config.crops):
+        for i, shot in enumerate(shots):
+            size, box = shot.image.shape[-1], (slice(None), slice(None))
+            if k:
+                box = crop_box(shot.mask, config.crop_side, np.random.default_rng([seed, i, k]))
+            image = resize_image(shot.image[:, *box], size)
+            pictures["image"].append(image)
+            pictures["part"].append(image * resize_mask(shot.mask[:, *box], size))
+            if config.compensation:  # the object is found in the whole image: a crop may have no border
+                pictures["background"].append(image * ~resize_mask(foreground(shot.image)[:, *box], size))
+    turns = TURNS if config.flips else TURNS[:1]
+    return {name: torch.cat([torch.stack(some).flip(turn) for turn in turns]) for name, some in pictures.items()}
 
 
 def dual_loss(dual: Dual, base: Backbone, clean: dict[str, Tensor], generator: torch.Generator) -> Tensor:
@@ -202,11 +207,11 @@ def dual_loss(dual: Dual, base: Backbone, clean: dict[str, Tensor], generator: t
     rows = {name: noised(x, scheduler, generator, timesteps) for name, x in clean.items()}
     noisy, target = (torch.cat([rows[name][i] for name in ("image", "part")]) for i in (0, 2))
     timesteps = timesteps.to(noisy.device)
-    shown = None
+    features = None
     if "background" in rows:
-        shown = dual.branches.look(rows["background"][0], timesteps, base.embed([""] * n))
+        features = dual.branches.background_features(rows["background"][0], timesteps, base.embed([""] * n))
     text = dual.text()[:2].repeat_interleave(n, 0)
-    predicted = dual.branches(noisy, timesteps.repeat(2), text, shown)
+    predicted = dual.branches(noisy, timesteps.repeat(2), text, features)
     return (predicted.float() - target).square().mean()
 
 
@@ -236,7 +241,7 @@ class DualAnoDiff:
 
         Raises:
             ValueError: There is no shot, a shot's mask covers the whole image, or compensation is asked for where no
-                image has a background.
+                shot of a defect has a background.
         """
         if not shots:
             raise ValueError("DualAnoDiff needs at least one shot of a defect to learn from")
@@ -246,20 +251,20 @@ class DualAnoDiff:
                 "remove the pair or correct the mask"
             )
         self.backbone.latent_shape(shots[0].image.shape[-1])
-        if self.config.compensation and all(foreground(shot.image).all() for shot in shots):
-            raise ValueError(
-                f"compensation needs a background, and the surface of {shots[0].category} fills the frame: "
-                "set compensation to false"
-            )
+        by_defect = {d: [shot for shot in shots if shot.defect == d] for d in dict.fromkeys(s.defect for s in shots)}
+        for defect, own in by_defect.items() if self.config.compensation else ():
+            if all(foreground(shot.image).all() for shot in own):
+                raise ValueError(
+                    f"compensation needs a background, and in the shots of {own[0].category}/{defect} the surface "
+                    "fills the frame: set compensation to false"
+                )
         self.states, self.curves = {}, {}
-        for defect in dict.fromkeys(shot.defect for shot in shots):
-            own = [shot for shot in shots if shot.defect == defect]
-            self.states[defect], self.curves[defect] = self._fit(defect, own, seed, workdir)
-        shutil.rmtree(workdir / "ended")
         self._dual, self._holds = None, ""
+        for defect, own in by_defect.items():
+            self.states[defect], self.curves[defect] = self._fit(defect, own, seed, workdir)
 
     def _fit(self, defect: str, shots: Sequence[Shot], seed: int, workdir: Path) -> tuple[State, Curve]:
-        """Train the model of one defect, or take it from where a killed run had ended it."""
+        """Train the model of one defect, or take it from where a killed run had ended it; ``save`` clears that."""
         config, base = self.config, self.backbone
         pictures = training_pictures(shots, config, seed)
 
@@ -274,13 +279,12 @@ class DualAnoDiff:
                 steps=config.steps, batch_size=config.train_batch_size, learning_rate=config.learning_rate,
                 precision=config.precision,
             )  # fmt: skip
-            folder = workdir / "checkpoints" / defect
             curve = fit(dual.trained, loss, len(latents["image"]), settings, seed=seed, folder=folder)
-            return dual.state(), curve
+            return dual.trained_state(), curve
 
-        pixels = hashlib.sha256(b"".join(images.numpy().tobytes() for images in pictures.values())).hexdigest()
-        asked = [base.digest, config.fit_values(), pixels, seed]
-        return once(workdir / "ended" / f"{defect}.safetensors", asked, train)
+        asked = [base.digest, config.fit_values(), pixel_digest(pictures.values()), seed]
+        folder = workdir / "checkpoints" / f"{defect}-{hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:12]}"
+        return once(workdir / ENDED / f"{defect}.safetensors", asked, train)
 
     def _encode(self, images: Tensor, name: str) -> Tensor:
         """Latents; the released code forgets the VAE's factor for backgrounds."""
@@ -290,14 +294,10 @@ class DualAnoDiff:
 
     def dual(self, defect: str) -> Dual:
         """The model of a defect; one at a time is held, the others' trained weights lie beside it."""
-        if defect not in self.states:
-            known = ", ".join(self.states)
-            raise ValueError(f"DualAnoDiff was fitted on {known or 'nothing'}, not on '{defect}'")
         if self._dual is None:
             self._dual = Dual(self.backbone, self.config, seed=0).requires_grad_(False)
         if self._holds != defect:
-            self._dual.take(self.states[defect])
-            self._dual.branches.fold()
+            self._dual.load_trained(self.states[defect])
             self._holds = defect
         return self._dual
 
@@ -308,13 +308,20 @@ class DualAnoDiff:
         A sample's notes say at which threshold its mask was cut, what set it, and at which drawing it was kept.
 
         Raises:
-            ValueError: A request asks for a defect that was not learned.
+            ValueError: A request asks for a defect that was not learned, or compensation has no background to read.
         """
-        for defect in {request.defect for request in requests}:
-            self.dual(defect)
+        for request in requests:
+            if request.defect not in self.states:
+                known = ", ".join(self.states) or "nothing"
+                raise ValueError(f"DualAnoDiff was fitted on {known}, not on '{request.defect}'")
+            if self.config.compensation and foreground(request.normal).all():
+                raise ValueError(
+                    f"the normal image of request {request.seed} shows no background that compensation could read: "
+                    "leave the image out, or set compensation to false"
+                )
         drawn: dict[int, Sample] = {}
         for attempt in range(self.config.attempts):
-            left = [i for i in range(len(requests)) if i not in drawn or not _usable(drawn[i].mask)]
+            left = [i for i in range(len(requests)) if i not in drawn or not usable(drawn[i].mask)]
             for defect in dict.fromkeys(requests[i].defect for i in left):
                 own = [i for i in left if requests[i].defect == defect]
                 for start in range(0, len(own), self.config.batch_size):
@@ -345,19 +352,19 @@ class DualAnoDiff:
         *words, nothing = dual.text()
         kinds = [(nothing, word) if guided else (word,) for word in words]
         text = torch.stack([word for kind in kinds for word in kind]).repeat_interleave(n, 0)
-        behind, of_row = self._backgrounds(padded) if config.compensation else (torch.empty(0), [])
-        murmur, empty = noise_like([noise_seed(0, BACKGROUND)], shape).to(base.device), base.embed([""])
+        backgrounds, of_row = self._backgrounds(padded) if config.compensation else (torch.empty(0), [])
+        background_noise = noise_like([noise_seed(0, BACKGROUND)], shape).to(base.device)
 
         def predict(latents: Tensor, timestep: Tensor) -> Tensor:
             copies = 2 if guided else 1
             noisy = torch.cat([branch for branch in latents.chunk(2) for _ in range(copies)])
-            shown = None
+            features = None
             if config.compensation:
                 # Each by itself, so that a sample does not depend on how many others share the call.
-                levels = [base.scheduler.add_noise(x[None], murmur, timestep[None]) for x in behind]
-                looks = [dual.branches.look(level, timestep, empty) for level in levels]
-                shown = [torch.cat(layer)[of_row] for layer in zip(*looks, strict=True)]
-            predicted = dual.branches(noisy, timestep, text, shown)
+                levels = [base.scheduler.add_noise(x[None], background_noise, timestep[None]) for x in backgrounds]
+                seen = [dual.branches.background_features(x, timestep, base.embed([""])) for x in levels]
+                features = [torch.cat(layer)[of_row] for layer in zip(*seen, strict=True)]
+            predicted = dual.branches(noisy, timestep, text, features)
             if not guided:
                 return predicted
             without, with_text = predicted.unflatten(0, (2, 2, n)).unbind(1)
@@ -381,6 +388,7 @@ class DualAnoDiff:
             paths.write_bytes(folder / f"{defect}.safetensors", safetensors.torch.save(state))
         described = {"config": self.config.model_dump(), "backbone": self.backbone.digest, "curves": self.curves}
         paths.write_text(folder / "method.json", json.dumps(described, indent=1))
+        shutil.rmtree(folder / ENDED, ignore_errors=True)
 
     @classmethod
     def load(cls, folder: Path, backbone: Backbone | None = None) -> DualAnoDiff:
@@ -393,17 +401,22 @@ class DualAnoDiff:
         method = cls(cls.Config(**described["config"]), backbone)
         if described["backbone"] != backbone.digest:
             raise ValueError(f"{folder} was fitted on another base model than '{backbone.name}': fit it anew")
+        method._dual = Dual(backbone, method.config, seed=0).requires_grad_(False)
         for defect, curve in described["curves"].items():
             method.states[defect] = safetensors.torch.load_file(folder / f"{defect}.safetensors")
             method.curves[defect] = [tuple(point) for point in curve]
-            method.dual(defect)
+            method._dual.expect(method.states[defect])
         return method
+
+
+def pixel_digest(pictures: Iterable[Tensor]) -> str:
+    """sha256 over the pixels of pictures."""
+    digest = hashlib.sha256()
+    for images in pictures:
+        digest.update(images.numpy())
+    return digest.hexdigest()
 
 
 def noise_seed(seed: int, what: int, attempt: int = 0) -> int:
     """The seed of one noise of a request, 32 bits: torch's CPU generator ignores those above."""
     return int(np.random.SeedSequence([seed, what, attempt]).generate_state(1, np.uint32)[0])
-
-
-def _usable(mask: Tensor) -> bool:
-    return bool(mask.any()) and not bool(mask.all())

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from defectlib.diffusion import noise_like
 from defectlib.methods import dualanodiff
-from defectlib.methods.dualanodiff import DualAnoDiff, DualAnoDiffConfig, cropped, training_pictures
+from defectlib.methods.dualanodiff import DualAnoDiff, DualAnoDiffConfig, background, crop_box, training_pictures
 from defectlib.types import Request, Shot
 
 QUICK = {"steps": 2, "train_batch_size": 2, "rank": 4, "num_inference_steps": 2, "batch_size": 2}
@@ -69,11 +70,57 @@ def test_a_crop_is_the_same_for_image_and_part():
 
 
 def test_a_crop_keeps_the_defect_or_is_the_whole_image():
-    rng = np.random.default_rng(0)
     corners = torch.zeros(1, 64, 64, dtype=torch.bool)
     corners[0, :4, :4] = corners[0, -4:, -4:] = corners[0, :4, -4:] = corners[0, -4:, :4] = True
-    wide = Shot(normal(), corners, "plate", "hole", "wide")
-    assert cropped(wide, 0.3, rng).image.shape == (3, 64, 64) and cropped(wide, 0.3, rng).mask.any()
+    for k in range(20):
+        box = crop_box(corners, 0.3, np.random.default_rng(k))
+        assert 2 * corners[:, *box].sum() >= corners.sum()
+        few = crop_box(SHOTS[0].mask, 0.3, np.random.default_rng(k))
+        assert 2 * SHOTS[0].mask[:, *few].sum() >= SHOTS[0].mask.sum() and few[0].stop - few[0].start >= 19
+
+
+def test_a_crops_background_is_that_of_the_whole_image():
+    """Where a crop has no border of its own the finder would say that the surface fills the frame."""
+    config = DualAnoDiffConfig(crops=4, crop_side=0.5, flips=False, compensation=True)
+    pictures = training_pictures(SHOTS, config, 0)
+    grey = (pictures["background"] == 0).all(1).float().mean((1, 2))
+    assert (grey > 0.1).all() and (grey < 1).any()
+
+
+def test_guidance_moves_each_branch_from_the_empty_prompt_to_its_own(untrained, fit):
+    """The rows of one guided prediction against unguided calls, for two distinct pairs and backgrounds."""
+    method = fit(compensation=True, learning_rate=1e-2, guidance_scale=3.0, num_inference_steps=1)
+    pair, base = [request(1, 0), request(2, 1)], method.backbone
+    dual, shape = method.dual("hole"), (12, 16, 16)
+    seeds = [dualanodiff.noise_seed(r.seed, what) for what in (dualanodiff.IMAGE, dualanodiff.PART) for r in pair]
+    start, (image, part, nothing) = noise_like(seeds, shape), dual.text()
+    base.scheduler.set_timesteps(1)
+    t = base.scheduler.timesteps[0]
+    noise = noise_like([dualanodiff.noise_seed(0, dualanodiff.BACKGROUND)], shape)
+    behind = torch.cat([base.encode(background(r.normal)[None]) for r in pair])
+    level = base.scheduler.add_noise(behind, noise.expand_as(behind), t[None].expand(2))
+    with torch.no_grad():
+        seen = dual.branches.background_features(level, t, base.embed(["", ""]))
+        without = dual.branches(start, t, nothing.expand(4, -1, -1), seen)
+        prompted = dual.branches(start, t, torch.stack([image, image, part, part]), seen)
+    predicted = without + 3.0 * (prompted - without)
+    expected = base.decode(base.scheduler.step(predicted, t, start).prev_sample)
+    drawn = torch.cat(method.denoised(pair))
+    assert (drawn - expected).abs().max() < 1e-3
+    assert (prompted - without).abs().max() > 1e-3, "and the prompts tell"
+
+
+def test_the_text_encoder_learns_too(fit):
+    quiet, loud = fit(learning_rate=1e-8).states["hole"], fit(learning_rate=1e-2).states["hole"]
+    moved = [name for name in loud if "text_encoder" in name and not torch.allclose(loud[name], quiet[name], atol=1e-4)]
+    assert any("lora_A" in name for name in loud if "text_encoder" in name) and moved
+
+
+def test_backgrounds_are_scaled_as_images_but_as_released_not(fit, untrained):
+    image = background(normal())[None]
+    ours, released = (fit(compensation=True, released=value)._encode(image, "background") for value in (False, True))
+    assert torch.equal(ours, untrained.encode(image))
+    assert torch.allclose(released * untrained.vae.config.scaling_factor, ours)
 
 
 def test_without_guidance_or_with_another_a_picture_changes(fitted):
@@ -144,7 +191,7 @@ def test_a_fit_that_was_killed_keeps_the_defects_it_had_ended(untrained, tmp_pat
     real = dualanodiff.fit
 
     def killed(*arguments, **named):
-        trained.append(named["folder"].name)
+        trained.append(named["folder"].name.split("-")[0])
         if trained == ["hole", "dent"]:
             raise KeyboardInterrupt
         return real(*arguments, **named)
@@ -155,9 +202,13 @@ def test_a_fit_that_was_killed_keeps_the_defects_it_had_ended(untrained, tmp_pat
         method.fit([*SHOTS, *second], [], prompts={}, seed=0, workdir=tmp_path)
     method.fit([*SHOTS, *second], [], prompts={}, seed=0, workdir=tmp_path)
     assert trained == ["hole", "dent", "dent"] and set(method.states) == set(method.curves) == {"hole", "dent"}
-    assert not (tmp_path / "ended").exists()
     method.fit(SHOTS, [], prompts={}, seed=1, workdir=tmp_path)
-    assert trained[-1] == "hole", "another seed is another fit"
+    assert trained[3:] == ["hole"], "another seed is another fit"
+    method.fit(SHOTS, [], prompts={}, seed=1, workdir=tmp_path)
+    method.fit([*SHOTS[:2], shot(7)], [], prompts={}, seed=1, workdir=tmp_path)
+    assert trained[4:] == ["hole"], "the same fit is kept until it is saved; other pixels are another fit"
+    method.save(tmp_path)
+    assert not (tmp_path / "ended").exists()
 
 
 def test_bad_input_is_one_sentence(untrained, fit, tmp_path):
@@ -167,12 +218,14 @@ def test_bad_input_is_one_sentence(untrained, fit, tmp_path):
         method.fit([*SHOTS, full], [], prompts={}, seed=0, workdir=tmp_path)
     noise = torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(0))
     surface = Shot(noise, SHOTS[0].mask, "brick", "hole", "0")
-    with pytest.raises(ValueError, match="the surface of brick fills the frame"):
+    with pytest.raises(ValueError, match="in the shots of brick/hole the surface fills the frame"):
         DualAnoDiff(DualAnoDiffConfig(**QUICK, compensation=True), untrained).fit(
             [surface], [], prompts={}, seed=0, workdir=tmp_path
         )
     with pytest.raises(ValueError, match="fitted on nothing, not on 'hole'"):
         method.sample([request(1)])
+    with pytest.raises(ValueError, match="normal image of request 1 shows no background"):
+        fit(compensation=True).sample([Request(noise * 2 - 1, None, "plate", "hole", "", 1, 1)])
     fit(rank=2).save(tmp_path)
     text = (tmp_path / "method.json").read_text()
     (tmp_path / "method.json").write_text(text.replace('"rank": 2', '"rank": 4'))
