@@ -80,7 +80,8 @@ print(f"{len(report)} pairs in {len(records)} runs")
 # What spoils a training set is seldom seen on a sheet: empty masks, masks over the whole image, images in which nothing
 # was drawn. The change is the mean absolute difference to the normal image, in grey levels of 255. A background that a
 # method promises to keep must show 0 outside; where it does not promise that, the number is what passing through its
-# autoencoder changes, and what it draws beside the mask.
+# autoencoder changes, and what it draws beside the mask. DualAnoDiff draws no normal image over: its change is that to an
+# image it has not looked at, inside and outside alike.
 
 # %%
 numbers = report.groupby(["method", "defect"], sort=False).agg(

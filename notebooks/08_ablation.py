@@ -47,6 +47,7 @@ import json
 import pandas as pd
 
 from defectlib import params, sampling, stages, study
+from defectlib.metrics import quality
 from defectlib.report import figures, layout, tables
 
 p = params.read(globals())
@@ -83,7 +84,7 @@ asked = results[results["method"].isin(names)]
 seeds = asked.groupby(["method", "metric", "seed"])["value"].mean()
 mean, sd = seeds.groupby(level=[0, 1]).mean().unstack(), seeds.groupby(level=[0, 1]).std().unstack()
 q = s.settings.quality
-kid, shown = f"{q.extractor}-kid", [f"{q.extractor}-is", f"{q.perceptual}-lpips", "mask_iou", "seconds_per_image"]
+kid, *shown = *quality.names(q.extractor, q.perceptual), "mask_iou", "seconds_per_image"
 summary = pd.DataFrame(
     {"KID x 1000": mean[kid] * 1000, "sd": sd[kid] * 1000} | {m: mean[m] for m in shown if m in mean}
 )
