@@ -382,7 +382,7 @@ figure
 # %%
 record = stages.fit(s, "dualanodiff", seed)
 pair = s.load("dualanodiff", seed)
-counts = {name: pair.dual(name).branches.counts() for name in s.defects[:1]}[s.defects[0]]
+counts = pair.dual(s.defects[0]).branches.counts()
 print(
     f"fitted in {record['metrics'][0]['value']:.1f} s, {pair.config.steps} steps a defect; in the UNet of one defect:"
 )
