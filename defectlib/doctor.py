@@ -10,6 +10,7 @@ from packaging.requirements import Requirement
 
 from defectlib import params, paths, runs
 from defectlib.data import layouts
+from defectlib.masks import saliency
 from defectlib.metrics import files
 
 
@@ -67,7 +68,7 @@ def _weights() -> tuple[str, list[str]]:
     return "Weights", [
         f"{name:10} {'present: ' + str(where) if present else 'missing: ' + how}"
         for name, (present, where, how) in sorted(files.available().items())
-    ]
+    ] + [f"{'u2net':10} {saliency.problem() or 'present: ' + str(paths.WEIGHTS / saliency.FILE)} (optional)"]
 
 
 def _data() -> tuple[str, list[str]]:

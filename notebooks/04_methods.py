@@ -42,9 +42,10 @@ figures_root = None
 import numpy as np
 import pandas as pd
 import torch
+from IPython.display import display
 
 from defectlib import attention, backbone, diffusion, params, sampling, stages, study
-from defectlib.masks import alignment, sources, trimap
+from defectlib.masks import alignment, saliency, sources, trimap
 from defectlib.masks import random as random_masks
 from defectlib.masks.extraction import extract
 from defectlib.methods import base, crop_paste, dualanodiff
@@ -451,6 +452,19 @@ ceiling = pd.DataFrame(
     columns=["defect", "IoU of a real mask and what is read off its part"],
 )
 ceiling.groupby("defect", sort=False).describe().round(2)
+
+# %% [markdown]
+# The paper reads its masks by U²-Net, a saliency network. Where its weights are, the two are compared on the drawn parts.
+
+# %%
+if saliency.problem():
+    print("U²-Net is not here; `python -m defectlib doctor` says how to get it.")
+else:
+    network, drawn_parts = saliency.load(), [pair.denoised([r])[1][0] for r in wanted]
+    rows = [[part, extract(part, pair.config.floor).mask, saliency.mask(part, network)] for part in drawn_parts]
+    display(figures.sheet(rows, row_labels=[r.defect for r in wanted], column_labels=["part", "departure", "U²-Net"]))
+    for r, (_, ours, theirs) in zip(wanted, rows):
+        print(f"{r.defect}: IoU of the two masks {regions.mask_iou(ours, theirs)}")
 
 # %% [markdown]
 # ### Interaction, on and off

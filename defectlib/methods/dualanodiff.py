@@ -25,7 +25,7 @@ flips                 of every category, unless switched off      none for "cabl
 mask                  the part's departure from grey              U^2-Net on the part, at 0.5
 ====================  ==========================================  =======================================
 
-U^2-Net and its weights are not part of this project.
+U^2-Net can be compared with where its weights are (``masks.saliency``); ``04_methods`` does.
 """
 
 from __future__ import annotations
