@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from torch import Tensor, nn
 
 from defectlib import backbone, paths, runs, sampling
 from defectlib import downstream as models
@@ -24,8 +25,10 @@ from defectlib.metrics import quality as quality_metrics
 from defectlib.metrics import regions
 from defectlib.runs import RunFolder
 from defectlib.study import SHOTS_ONLY, Study
+from defectlib.training import Curve, State, once
 from defectlib.types import Shot
 
+SEEN = "mask_seen"
 WITHHELD = ("accuracy", "f1_macro", "image_auroc", "image_ap", "pixel_auroc", "pixel_ap", "pixel_f1_50")
 
 
@@ -107,9 +110,12 @@ def quality(s: Study, method: str, seed: int) -> dict[str, Any]:
     """KID, IS, LPIPS and IC-LPIPS of a run's samples, per defect; the record of the stage.
 
     Real images are all those of the defect (shots and held-out), as in DefectSynth; IC-LPIPS clusters around the shots.
+    ``mask_seen`` says whether the masks lie on the defects, see :func:`seen`.
     """
     upstream = sample(s, method, seed)
-    values = {"quality": s.settings.quality.model_dump()}
+    values = {
+        "quality": s.settings.quality.model_dump(), "reader": s.settings.downstream.localiser.model_dump(),
+    }  # fmt: skip
     folder, key = s.folder(method, seed), runs.stage_key(values, [upstream["key"]])
     if (record := folder.complete("quality", key)) is not None:
         return record
@@ -117,15 +123,52 @@ def quality(s: Study, method: str, seed: int) -> dict[str, Any]:
         shots = s.shots(seed)
         for defect in s.defects:
             refs = [shot.image for shot in shots if shot.defect == defect]
-            drawn = [item.image for item in sampling.load(folder.path, defect)]
+            drawn = sampling.load(folder.path, defect)
             if not drawn:
                 why = {"n_generated": 0, "why_withheld": "no mask could be drawn for this defect"}
                 names = quality_metrics.names(s.settings.quality.extractor, s.settings.quality.perceptual)
-                metrics.extend({"metric": m, "value": None, "defect": defect, "protocol": why} for m in names)
+                metrics.extend({"metric": m, "value": None, "defect": defect, "protocol": why} for m in [*names, SEEN])
                 continue
-            rows = quality_metrics.evaluate(drawn, s.real(defect, seed), refs, **s.quality_arguments())
+            pictures, masks = sampling.stack(drawn)
+            rows = quality_metrics.evaluate(list(pictures), s.real(defect, seed), refs, **s.quality_arguments())
+            told = {"n_generated": len(drawn), "reader": "the localiser of the shots, above 0.5"}
+            lie = float(np.mean(seen(s, seed, pictures, masks)))
+            rows.append({"metric": SEEN, "value": lie, "protocol": told})
             metrics.extend({**row, "defect": defect} for row in rows)
     return folder.record("quality")
+
+
+def reader(s: Study, seed: int) -> tuple[nn.Module, Curve]:
+    """The localiser trained on the shots alone, and its losses: the row ``shots_only``; trained once a run and kept."""
+    settings = s.settings.downstream.localiser
+
+    def train() -> tuple[State, Curve]:
+        pictures, masks = sampling.stack(s.shots(seed))
+        model, losses = models.train_localiser(pictures, masks, torch.stack(s.normals(seed)), settings, seed)
+        state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+        return state, list(enumerate(losses, 1))
+
+    file = s.folder(SHOTS_ONLY, seed).path / "reader.safetensors"
+    state, curve = once(file, [settings.model_dump(), s.data_key(seed), seed], train)
+    model = models.build_localiser(settings.model_copy(update={"pretrained": False}))
+    model.load_state_dict(state)
+    return model.to(models.device()).eval(), curve
+
+
+def seen(s: Study, seed: int, images: Tensor, masks: Tensor) -> list[float]:
+    """How far masks lie on what is seen there: their IoU with what :func:`reader` finds above 0.5, an image each.
+
+    The reader knows real defects alone. Where it finds nothing and the mask is empty they agree: 1.
+
+    Args:
+        s: Of the category.
+        seed: Of the run.
+        images: float32 (N, 3, H, W) in [-1, 1].
+        masks: bool (N, 1, H, W).
+    """
+    found = models.predict_maps(reader(s, seed)[0], images) > 0.5
+    values = [regions.mask_iou(a, b) for a, b in zip(found, masks[:, 0], strict=True)]
+    return [1.0 if value is None else value for value in values]
 
 
 def downstream(s: Study, method: str, seed: int) -> dict[str, Any]:
@@ -198,8 +241,12 @@ def _localisation(s: Study, folder: RunFolder, train: list, held_out: list, seed
     real, offered = isinstance(train[0], Shot), len(train)
     # A drawn pair whose mask is empty or full would teach that its defect is none, or everywhere.
     train = [item for item in train if real or usable(item.mask)]
-    pictures, masks = sampling.stack(train)
-    model, curve = models.train_localiser(pictures, masks, torch.stack(s.normals(seed)), settings, seed)
+    if real:
+        model, points = reader(s, seed)
+        curve = [loss for _, loss in points]
+    else:
+        pictures, masks = sampling.stack(train)
+        model, curve = models.train_localiser(pictures, masks, torch.stack(s.normals(seed)), settings, seed)
     maps = models.predict_maps(model, torch.stack([image for image, *_ in held_out])).numpy()
     truth = torch.cat([mask for _, mask, *_ in held_out]).numpy()
     target = folder.path / "predictions" / "localisation.npz"

@@ -48,8 +48,8 @@ import json
 import pandas as pd
 import torch
 
-from defectlib import downstream, params, sampling, stages, study
-from defectlib.metrics import features, quality, regions
+from defectlib import params, sampling, stages, study
+from defectlib.metrics import features, quality
 from defectlib.report import figures, layout, tables
 
 p = params.read(globals())
@@ -115,14 +115,13 @@ spread.groupby(["pair", "n"])["kid"].agg(["mean", "std"]).round(4)
 # %%
 looked_at = {"real, held out": [(image, mask, d) for image, mask, d, _ in s.held_out(seed) if d != "good"]}
 looked_at |= {m: [(x.image, x.mask, x.defect) for x in sampling.load(s.folder(m, seed).path)] for m in s.methods}
-reader, _ = downstream.train_localiser(
-    *sampling.stack(s.shots(seed)), torch.stack(s.normals(seed)), s.settings.downstream.localiser, seed
-)
 rows = []
 for source, items in looked_at.items():
-    maps = downstream.predict_maps(reader, torch.stack([image for image, *_ in items])) if items else []
-    rows += [[source, d, regions.mask_iou(found > 0.5, mask[0])] for found, (_, mask, d) in zip(maps, items)]
-seen = pd.DataFrame(rows, columns=["source", "defect", "IoU"]).astype({"IoU": float})
+    if items:
+        pictures, masks, names = zip(*items)
+        found = stages.seen(s, seed, torch.stack(pictures), torch.stack(masks))
+        rows += [[source, d, iou] for d, iou in zip(names, found)]
+seen = pd.DataFrame(rows, columns=["source", "defect", "IoU"])
 seen.groupby(["defect", "source"], sort=False)["IoU"].agg(["count", "mean", "median"]).round(3)
 
 # %% [markdown]

@@ -72,7 +72,8 @@ pd.DataFrame(rows, columns=["method", "variant", "what is changed"]).set_index([
 #
 # Averages over the category's defects and over the seeds; the sd is over the seeds, and `NaN` where there is one.
 # KID is times 1,000. A mask's IoU is its largest overlap with a real mask of the defect after the best turn and shift;
-# `NaN`: the method makes its own masks. Where a source gave no mask for a defect, the row is the mean of the others', and
+# `NaN`: the method makes its own masks. `mask_seen` is how far the masks lie on what a localiser of the real shots finds in the
+# samples (notebook 7). Where a source gave no mask for a defect, the row is the mean of the others', and
 # the sentence below the table says so.
 
 # %%
@@ -84,7 +85,7 @@ asked = results[results["method"].isin(names)]
 seeds = asked.groupby(["method", "metric", "seed"])["value"].mean()
 mean, sd = seeds.groupby(level=[0, 1]).mean().unstack(), seeds.groupby(level=[0, 1]).std().unstack()
 q = s.settings.quality
-kid, *shown = *quality.names(q.extractor, q.perceptual), "mask_iou", "seconds_per_image"
+kid, *shown = *quality.names(q.extractor, q.perceptual), "mask_iou", stages.SEEN, "seconds_per_image"
 summary = pd.DataFrame(
     {"KID x 1000": mean[kid] * 1000, "sd": sd[kid] * 1000} | {m: mean[m] for m in shown if m in mean}
 )

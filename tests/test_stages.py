@@ -163,3 +163,27 @@ def test_a_pairs_threshold_and_its_drawings_are_reported(tiny_parameters):
     assert {"threshold", "threshold_by", "drawing"} <= set(report)
     again = next(m for m in record["metrics"] if m["metric"] == "pairs_redrawn")
     assert again["value"] == (report["drawing"] - 1).sum() and again["protocol"]["most_for_one"] < 4
+
+
+def test_masks_are_seen_by_a_localiser_of_the_shots_that_is_trained_once(tiny_parameters, monkeypatch):
+    s = study.open_category(tiny_parameters)
+    trained = []
+    real = stages.models.train_localiser
+
+    def counted(*arguments):
+        trained.append(len(arguments[0]))
+        return real(*arguments)
+
+    monkeypatch.setattr(stages.models, "train_localiser", counted)
+    rows = stages.quality(s, "crop_paste", 0)["metrics"]
+    values = {row["defect"]: row["value"] for row in rows if row["metric"] == stages.SEEN}
+    assert set(values) == set(s.defects) and all(0 <= value <= 1 for value in values.values())
+    record = stages.downstream(s, study.SHOTS_ONLY, 0)
+    assert trained == [len(s.shots(0))], "the row of the shots is the reader"
+    model, curve = stages.reader(s, 0)
+    loss = next(m for m in record["metrics"] if m["metric"] == "pixel_ap")["protocol"]["final_loss"]
+    assert curve[-1][1] == loss and not model.training
+    images, masks = torch.zeros(2, 3, 64, 64), torch.zeros(2, 1, 64, 64, dtype=torch.bool)
+    monkeypatch.setattr(stages.models, "predict_maps", lambda *_: torch.eye(64).repeat(2, 1, 1))
+    masks[1, 0, :32] = torch.eye(64, dtype=torch.bool)[:32]
+    assert stages.seen(s, 0, images, masks) == [0.0, 0.5]
