@@ -113,9 +113,8 @@ for name, values in variants.items():
     method.fit(shots, normals, prompts=s.prompts(), seed=0, workdir=p.dataset_folder())
     drawn[name] = method.sample(requests)
 figure = figures.sheet(
-    [[item.image for item in samples] for samples in drawn.values()],
-    row_labels=list(drawn), column_labels=[request.defect for request in requests], scale=128 / s.size,
-)  # fmt: skip
+    [[samples[0].image for samples in drawn.values()]], column_labels=list(drawn), scale=128 / s.size
+)
 figures.save(figure, folder, f"crop_paste_on_off_{s.category}")
 figure
 
@@ -181,9 +180,9 @@ reaches = [diffusion.reach(t, grid[1], usual.dilation) for t in moments]
 figure = figures.sheet(
     [
         [r.normal, r.mask, enlarged(m), *[enlarged(diffusion.dilated(m[None], n)[0]) for n in reaches]]
-        for r, m in zip(first, masks)
+        for r, m in zip(first[-1:], masks[-1:])
     ],
-    row_labels=[r.defect for r in first],
+    row_labels=[r.defect for r in first[-1:]],
     column_labels=["normal", "hint", "latents", *[f"t = {t}: {n} cells" for t, n in zip(moments, reaches)]],
 )
 figures.save(figure, folder, f"defectsynth_blending_{s.category}")
@@ -208,7 +207,7 @@ for r in first:
     before, possible = (real * wanted).sum().item(), min(real.sum().item(), wanted.sum().item())
     motions.append([r.defect, motion.dy, motion.dx, motion.angle, before / possible, motion.overlap / possible])
 figure = figures.sheet(
-    rows, row_labels=[r.defect for r in first],
+    rows[-1:], row_labels=[r.defect for r in first[-1:]],
     column_labels=["real", "its mask", "requested", "moved", "aligned latents"],
 )  # fmt: skip
 figures.save(figure, folder, f"defectsynth_alignment_{s.category}")
@@ -300,11 +299,11 @@ for name, config in (configs | {"as released": released}).items():
     fitted.config = config
     drawn[name] = torch.stack([item.image for item in fitted.sample(asked)])
 fitted.config = usual
-picked = [i for d in s.defects for i in [k for k, r in enumerate(asked) if r.defect == d][:1]]
+i = next(k for k, r in enumerate(asked) if r.defect == s.defects[-1])
+pictured = [name for name in drawn if name not in ("neither", "SFF anywhere")]
 figure = figures.sheet(
-    [[asked[i].normal for i in picked], *[[x[i] for i in picked] for x in drawn.values()]],
-    row_labels=["normal", *drawn], column_labels=[asked[i].defect for i in picked],
-    outline_masks=[[asked[i].mask for i in picked]] + [[None] * len(picked)] * len(drawn), scale=128 / s.size,
+    [[asked[i].normal, *[drawn[name][i] for name in pictured]]], column_labels=["normal", *pictured],
+    outline_masks=[[asked[i].mask] + [None] * len(pictured)], scale=128 / s.size,
 )  # fmt: skip
 figures.save(figure, folder, f"defectsynth_on_off_{s.category}")
 figure
@@ -360,14 +359,12 @@ effects = pd.DataFrame(rows, columns=columns).set_index("variant")
 effects.round(3)
 
 # %% [markdown]
-# One group with SFF off and on, and the difference (white is 32 grey levels or more).
+# A sample of a group with SFF off and on, and the difference (white is 32 grey levels or more).
 
 # %%
-off, on = (drawn[name][:2] for name in ("no SFF", "SAE and SFF"))
+off, on = (drawn[name][i : i + 1] for name in ("no SFF", "SAE and SFF"))
 difference = ((on - off).abs().amax(1, keepdim=True) * 127.5 / 32).clamp(max=1)
-figure = figures.sheet(
-    [list(off), list(on), list(difference)], row_labels=["no SFF", "SFF", "difference"], scale=128 / s.size
-)
+figure = figures.sheet([[*off, *on, *difference]], column_labels=["no SFF", "SFF", "difference"], scale=128 / s.size)
 figures.save(figure, folder, f"defectsynth_fusion_{s.category}")
 figure
 
@@ -395,7 +392,7 @@ print(
 # %% [markdown]
 # ### What each branch sees along the denoising
 #
-# The predicted end result of both branches at several points of the loop, for one request a defect: where the branches
+# The predicted end result of both branches at several points of the loop, for one request: where the branches
 # agree early, the defect in the image and its part come to lie at the same place.
 
 # %%
@@ -416,8 +413,8 @@ def along(r):
     return list(seen), [list(images) for images in zip(*seen.values())]
 
 
-names, drawn_along = zip(*[along(r) for r in wanted])
-labels = [f"{r.defect}\n{branch}" for r in wanted for branch in ("image", "part")]
+names, drawn_along = zip(*[along(r) for r in wanted[-1:]])
+labels = [f"{r.defect}\n{branch}" for r in wanted[-1:] for branch in ("image", "part")]
 rows = [row for pair_of_rows in drawn_along for row in pair_of_rows]
 figure = figures.sheet(rows, row_labels=labels, column_labels=names[0], scale=128 / s.size)
 figures.save(figure, folder, f"dualanodiff_branches_{s.category}")
@@ -474,12 +471,12 @@ else:
 
 # %%
 rows = []
-for r in wanted:
+for r in wanted[-1:]:
     together = pair.denoised([r])
     with pair.dual(r.defect).branches.apart():
         rows.append([images[0] for images in (*together, *pair.denoised([r]))])
 titles = ["image, SAIM", "part, SAIM", "image, without", "part, without"]
-figure = figures.sheet(rows, row_labels=[r.defect for r in wanted], column_labels=titles, scale=128 / s.size)
+figure = figures.sheet(rows, row_labels=[r.defect for r in wanted[-1:]], column_labels=titles, scale=128 / s.size)
 figures.save(figure, folder, f"dualanodiff_interaction_{s.category}")
 figure
 
@@ -492,7 +489,7 @@ figure
 # %%
 rows, labels = [], []
 n = pair.config.batch_size
-for r in wanted:
+for r in wanted[-1:]:
     with attention.watched_text(pair.dual(r.defect).branches.unet) as looked:
         images, parts = pair.denoised([r])
     maps = attention.text_maps(looked, grid)

@@ -187,12 +187,12 @@ listed.round(2).T
 
 # %%
 def explore(method, seed, defect, first):
-    drawn = sampling.load(s.folder(method, seed).path, defect)[first : first + 4]
+    drawn = sampling.load(s.folder(method, seed).path, defect)[first : first + 2]
     images, masks = [item.image for item in drawn], [item.mask for item in drawn]
     return figures.sheet([masks, images], row_labels=["mask", "drawn"], scale=128 / s.size)
 
 
-last = max(0, s.settings.sample.n_per_defect - 4)
+last = max(0, s.settings.sample.n_per_defect - 2)
 ipywidgets.interactive(explore, method=list(s.methods), seed=list(s.seeds), defect=list(s.defects), first=(0, last))
 
 # %%
