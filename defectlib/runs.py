@@ -83,7 +83,8 @@ class RunFolder:
         if begun != key:
             aside = self.path / "superseded" / f"{time.strftime('%Y%m%d-%H%M%S')}-{begun[:8]}"
             aside.mkdir(parents=True, exist_ok=True)
-            for later in STAGES[STAGES.index(stage) :]:
+            # The last two are both made from the samples, and not from each other.
+            for later in [stage] if stage in STAGES[2:] else STAGES[STAGES.index(stage) :]:
                 for name in (f"{later}.json", f".{later}.key", *ARTEFACTS[later]):
                     if (self.path / name).exists():
                         shutil.move(self.path / name, aside / name)

@@ -44,6 +44,15 @@ def test_other_parameters_move_the_stage_and_what_follows_aside(folder):
     assert (aside / "images" / "000000.png").read_bytes() == b"x"
 
 
+def test_other_measures_leave_the_downstream_scores(folder):
+    for stage in ("fit", "sample", "quality", "downstream"):
+        make(folder, stage, f"{stage}1")
+    folder.supersede("quality", "quality2")
+    assert folder.record("quality") is None and folder.complete("downstream", "downstream1")
+    folder.supersede("sample", "sample2")
+    assert folder.record("downstream") is None and folder.complete("fit", "fit1")
+
+
 def test_a_half_made_stage_of_other_parameters_is_not_continued(folder):
     with pytest.raises(RuntimeError), runs.stage(folder, "sample", "s1", IDENTITY, {}, {}):
         (folder.path / "images").mkdir()
