@@ -400,9 +400,8 @@ wanted = sampling.plan(shots, normals, 1, None, seed, s.prompts(), s.all_defects
 moments = (0.1, 0.25, 0.5, 0.75, 1.0)
 
 
-def along(r):
+def along(r, seen):
     """What the image and the part are taken for at the moments: their names, and two rows of images."""
-    seen = {}
 
     def note(done, latents, x0):
         if any(abs(done - m) < 0.5 / pair.config.num_inference_steps for m in moments):
@@ -413,7 +412,7 @@ def along(r):
     return list(seen), [list(images) for images in zip(*seen.values())]
 
 
-names, drawn_along = zip(*[along(r) for r in wanted[-1:]])
+names, drawn_along = zip(*[along(r, {}) for r in wanted[-1:]])
 labels = [f"{r.defect}\n{branch}" for r in wanted[-1:] for branch in ("image", "part")]
 rows = [row for pair_of_rows in drawn_along for row in pair_of_rows]
 figure = figures.sheet(rows, row_labels=labels, column_labels=names[0], scale=128 / s.size)
