@@ -17,13 +17,14 @@ from torch import Tensor
 
 from defectlib import diffusion
 from defectlib.backbone import Backbone
-from defectlib.training import Curve, FitSettings, State, fit, once
+from defectlib.branches import PROJECTIONS
+from defectlib.training import Curve, FitSettings, State, digest, fit, once
 
 
 def _with_lora(unet: UNet2DConditionModel, rank: int, seed: int) -> UNet2DConditionModel:
     """A copy with trainable LoRA on every attention projection; it draws as before until trained."""
     copied = copy.deepcopy(unet)
-    projections = LoraConfig(r=rank, lora_alpha=rank, target_modules=["to_q", "to_k", "to_v", "to_out.0"])
+    projections = LoraConfig(r=rank, lora_alpha=rank, target_modules=PROJECTIONS)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         copied.add_adapter(projections)
@@ -55,7 +56,7 @@ def adapt(
         The adapted model, what :func:`restore` needs to make it again, and the loss curve. The last two are kept in
         ``folder``, so that a run that is killed later does not adapt anew.
     """
-    asked = [base.digest, len(images), prompt, settings.model_dump(), rank, seed]
+    asked = [base.digest, digest([images]), prompt, settings.model_dump(), rank, seed]
 
     def train() -> tuple[State, Curve]:
         unet = _with_lora(base.unet, rank, seed)

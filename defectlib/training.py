@@ -6,10 +6,11 @@ goes on from a checkpoint ends with the weights of an undisturbed one: bit for b
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -146,6 +147,14 @@ def fit(
         shutil.rmtree(folder)
     model.eval()
     return curve
+
+
+def digest(tensors: Iterable[Tensor]) -> str:
+    """sha256 over the values of tensors on the CPU: what a training was given, for :func:`once`."""
+    found = hashlib.sha256()
+    for tensor in tensors:
+        found.update(tensor.contiguous().numpy())
+    return found.hexdigest()
 
 
 def once(file: Path, asked: list, train: Callable[[], tuple[State, Curve]]) -> tuple[State, Curve]:

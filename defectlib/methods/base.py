@@ -17,6 +17,9 @@ from defectlib.backbone import Backbone
 from defectlib.params import Strict
 from defectlib.types import Request, Sample, Shot
 
+TURNS = ((), (-1,), (-2,), (-2, -1))
+"""The flips of a shot that a method with ``flips`` learns from: as it is, mirrored both ways, turned by half."""
+
 
 class MethodConfig(Strict):
     """Base of every method's frozen configuration: unknown fields are refused, ablations are fields.

@@ -46,7 +46,7 @@ from defectlib.control import denoising_loss, embedded_once, new_controlnet
 from defectlib.diffusion import denoise, dilated, noise_like, reach, to_latents
 from defectlib.fusion import fuse
 from defectlib.masks import alignment
-from defectlib.methods.base import MethodConfig, load_shots, register, save_shots
+from defectlib.methods.base import TURNS, MethodConfig, load_shots, register, save_shots
 from defectlib.training import Curve, FitSettings, State, fit
 from defectlib.types import Request, Sample, Shot
 
@@ -179,9 +179,8 @@ class DefectSynth:
         images, masks = (torch.stack([getattr(shot, part) for shot in shots]) for part in ("image", "mask"))
         text = base.embed([prompts[shot.defect] for shot in shots])
         if config.flips:
-            turns = ((), (-1,), (-2,), (-2, -1))
-            images, masks = (torch.cat([x.flip(t) for t in turns]) for x in (images, masks))
-            text = text.repeat(len(turns), 1, 1)
+            images, masks = (torch.cat([x.flip(turn) for turn in TURNS]) for x in (images, masks))
+            text = text.repeat(len(TURNS), 1, 1)
         base.latent_shape(images.shape[-1])
         latents, hints = base.encode(images), masks.float().expand(-1, 3, -1, -1).to(base.device)
         weights = 1 + config.mask_weight * to_latents(masks, tuple(latents.shape[2:])).float().to(base.device)

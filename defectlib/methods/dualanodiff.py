@@ -34,7 +34,7 @@ import copy
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -52,12 +52,11 @@ from defectlib.images import resize_image, resize_mask
 from defectlib.masks.extraction import FLOOR, extract
 from defectlib.masks.shape import usable
 from defectlib.masks.trimap import foreground
-from defectlib.methods.base import MethodConfig, register
-from defectlib.training import Curve, FitSettings, State, fit, once
+from defectlib.methods.base import TURNS, MethodConfig, register
+from defectlib.training import Curve, FitSettings, State, digest, fit, once
 from defectlib.types import Request, Sample, Shot
 
 PROMPTS = ("a vfx with sks", "sks")
-TURNS = ((), (-1,), (-2,), (-2, -1))
 # What starts from noise: each has a stream of its own under one seed.
 IMAGE, PART, BACKGROUND = range(3)
 ENDED = "ended"
@@ -282,7 +281,7 @@ class DualAnoDiff:
             curve = fit(dual.trained, loss, len(latents["image"]), settings, seed=seed, folder=folder)
             return dual.trained_state(), curve
 
-        asked = [base.digest, config.fit_values(), pixel_digest(pictures.values()), seed]
+        asked = [base.digest, config.fit_values(), digest(pictures.values()), seed]
         folder = workdir / "checkpoints" / f"{defect}-{hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:12]}"
         return once(workdir / ENDED / f"{defect}.safetensors", asked, train)
 
@@ -407,14 +406,6 @@ class DualAnoDiff:
             method.curves[defect] = [tuple(point) for point in curve]
             method._dual.expect(method.states[defect])
         return method
-
-
-def pixel_digest(pictures: Iterable[Tensor]) -> str:
-    """sha256 over the pixels of pictures."""
-    digest = hashlib.sha256()
-    for images in pictures:
-        digest.update(images.numpy())
-    return digest.hexdigest()
 
 
 def noise_seed(seed: int, what: int, attempt: int = 0) -> int:
