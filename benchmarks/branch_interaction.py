@@ -26,7 +26,8 @@ from training_step import stable_diffusion
 
 from defectlib import backbone
 from defectlib.backbone import Backbone
-from defectlib.branches import BRANCHES, PROJECTIONS, BranchProcessor, BranchUNet, Route
+from defectlib.branches import BRANCHES, BranchProcessor, BranchUNet
+from defectlib.branches.routing import PROJECTIONS, Route
 
 PAIRS, RANK = 4, 32
 

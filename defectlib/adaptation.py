@@ -17,7 +17,7 @@ from torch import Tensor
 
 from defectlib import diffusion
 from defectlib.backbone import Backbone
-from defectlib.branches import PROJECTIONS
+from defectlib.branches.routing import PROJECTIONS
 from defectlib.training import Curve, FitSettings, State, digest, fit, once
 
 

@@ -26,6 +26,9 @@ MASK_FILTER = "area >= 0.5/k, nearest when growing"
 NOTES = "defectlib"
 """The PNG text chunk in which a drawn mask says how it came about."""
 
+TURNS = ((), (-1,), (-2,), (-2, -1))
+"""The flips of a shot that a method with ``flips`` learns from: as it is, mirrored both ways, turned by half."""
+
 Box = tuple[int, int, int, int]
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -44,9 +44,11 @@ class SampleSettings(Strict):
 
     ``mask_source`` names a function of ``masks.sources``, or of ``masks.latent`` (DefectSynth's interpolation in latent
     space, and its hybrid ``hmi``), which need a base model; methods that draw their own masks do not use it.
+    ``n_of`` names methods of which another number is drawn, because their papers do.
     """
 
     n_per_defect: int = Field(ge=1, le=9999)
+    n_of: dict[str, Annotated[int, Field(ge=1, le=9999)]] = {}
     group_size: int = Field(ge=1)
     mask_source: MaskSourceName
 

@@ -34,6 +34,7 @@ def plan(
     prompts: dict[str, str],
     defects: Sequence[str] | None = None,
     group_size: int = 1,
+    one_normal_a_group: bool = False,
 ) -> list[Request]:
     """Write ``n`` requests for each defect of the shots.
 
@@ -47,6 +48,7 @@ def plan(
         prompts: Defect -> text prompt.
         defects: All defects of the category in order; a defect's index d does not move when fewer are asked for.
         group_size: Consecutive requests of one defect that form a group.
+        one_normal_a_group: The normal is chosen by the group's seed instead.
     """
     if not normals:
         raise ValueError("there is no normal image to draw on: give at least one in train/good")
@@ -61,9 +63,10 @@ def plan(
         for i in range(n):
             # A child stream: what a method draws from the request's seed is independent of what was drawn here.
             rng = np.random.default_rng([base + i, 1])
-            normal = normals[rng.integers(len(normals))]
-            mask = None if mask_source is None else mask_source(rng, own, normal)
             group = (base + i // group_size * group_size) if group_size > 1 else base + i
+            chooser = np.random.default_rng([group, 1]) if one_normal_a_group else rng
+            normal = normals[chooser.integers(len(normals))]
+            mask = None if mask_source is None else mask_source(rng, own, normal)
             requests.append(Request(normal, mask, own[0].category, defect, prompts[defect], base + i, group))
     return requests
 
@@ -76,6 +79,11 @@ def image_file(folder: Path, seed: int) -> Path:
 def mask_file(folder: Path, seed: int) -> Path:
     """Where the mask of a seed lies."""
     return folder / "masks" / f"{seed:06d}.png"
+
+
+def part_file(folder: Path, seed: int) -> Path:
+    """Where the anomaly part of a seed lies, if the method draws one."""
+    return folder / "parts" / f"{seed:06d}.png"
 
 
 def draw(method: Method, requests: Sequence[Request], folder: Path, progress: bool = False) -> pd.DataFrame:
@@ -99,6 +107,8 @@ def draw(method: Method, requests: Sequence[Request], folder: Path, progress: bo
             raise ValueError(f"{type(method).__name__} returned {len(samples)} samples for {len(group)} requests")
         for sample in samples:
             images.write_image(image_file(folder, sample.seed), sample.image)
+            if sample.part is not None:
+                images.write_image(part_file(folder, sample.seed), sample.part)
             images.write_mask(mask_file(folder, sample.seed), sample.mask, sample.notes)
     report = describe(requests, folder)
     paths.write_text(folder / "samples.csv", report.to_csv(index=False))
@@ -142,16 +152,23 @@ def load(folder: Path, defect: str | None = None, limit: int | None = None) -> l
         report = report[report["defect"] == defect]
     if limit is not None:
         report = report.groupby("defect", sort=False).head(limit)
-    return [
-        Sample(*read_pair(folder, row.seed), row.category, row.defect, row.seed, row.group)
-        for row in report.astype({"category": str, "defect": str}).itertuples()
-    ]
+    samples = []
+    for row in report.astype({"category": str, "defect": str}).itertuples():
+        notes, part = images.read_notes(mask_file(folder, row.seed)), part_file(folder, row.seed)
+        part = images.read_image(part) if part.is_file() else None
+        samples.append(Sample(*read_pair(folder, row.seed), row.category, row.defect, row.seed, row.group, notes, part))
+    return samples
 
 
 def problems(report: pd.DataFrame) -> pd.DataFrame:
-    """The samples that must not reach training unseen: an empty mask, a full mask, or an unchanged inside."""
+    """The samples that must not reach training unseen: a mask that is empty, full or flawed, or an unchanged inside."""
     bad = (report["area"] == 0) | (report["area"] == 1) | (report["change_inside"] == 0)
-    return report[bad]
+    return report[bad | (report["flaw"].fillna("") != "") if "flaw" in report else bad]
+
+
+def teaches(sample: Sample) -> bool:
+    """Whether a localiser may learn from a sample: its mask is neither empty nor full, and has no noted flaw."""
+    return shape.usable(sample.mask) and not sample.notes.get("flaw")
 
 
 def stack(samples: Sequence[Sample]) -> tuple[Tensor, Tensor]:

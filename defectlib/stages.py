@@ -10,6 +10,7 @@ import functools
 import os
 import time
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -19,8 +20,8 @@ from torch import Tensor, nn
 
 from defectlib import backbone, paths, runs, sampling
 from defectlib import downstream as models
+from defectlib.images import TURNS
 from defectlib.masks.interpolation import NoMask, mask_iou
-from defectlib.masks.shape import usable
 from defectlib.metrics import quality as quality_metrics
 from defectlib.metrics import regions
 from defectlib.runs import RunFolder
@@ -29,6 +30,9 @@ from defectlib.training import Curve, State, once
 from defectlib.types import Shot
 
 SEEN = "mask_seen"
+# Below it the reader misses even most real defects, and what it says of drawn ones means nothing.
+SEEN_LEAST = 0.2
+COPY = 0.95
 WITHHELD = ("accuracy", "f1_macro", "image_auroc", "image_ap", "pixel_auroc", "pixel_ap", "pixel_f1_50")
 
 
@@ -54,7 +58,8 @@ def fit(s: Study, method: str, seed: int) -> dict[str, Any]:
 def sample(s: Study, method: str, seed: int) -> dict[str, Any]:
     """Draw ``n_per_defect`` samples of each defect, with a bar unless in a batch; the record of the stage."""
     upstream = fit(s, method, seed)
-    asked = s.settings.sample.model_dump() | {"mask_source": s.mask_source_name(method)}
+    asked = s.settings.sample.model_dump(exclude={"n_of"})
+    asked |= {"mask_source": s.mask_source_name(method), "n_per_defect": s.n_per_defect(method)}
     values = {
         "sample": asked, "config": s.config(method).model_dump(), "prompts": s.prompts(), "order": s.all_defects,
     }  # fmt: skip
@@ -70,8 +75,8 @@ def sample(s: Study, method: str, seed: int) -> dict[str, Any]:
             try:
                 requests += sampling.plan(
                     [shot for shot in shots if shot.defect == defect], s.normals(seed),
-                    s.settings.sample.n_per_defect, source, seed, s.prompts(), s.all_defects,
-                    s.settings.sample.group_size,
+                    s.n_per_defect(method), source, seed, s.prompts(), s.all_defects, s.settings.sample.group_size,
+                    fitted.one_normal_a_group,
                 )  # fmt: skip
             except NoMask as error:  # the other defects are drawn, this one's numbers are withheld
                 refused.update(error.counts)
@@ -85,16 +90,20 @@ def sample(s: Study, method: str, seed: int) -> dict[str, Any]:
             share = {"defect": defect, "protocol": {"n_generated": len(rows)}}
             metrics.append({"metric": "mask_area", "value": float(rows["area"].mean()), **share})
             metrics.append({"metric": "bad_samples", "value": float(len(sampling.problems(rows))), **share})
+            real = [shot.mask for shot in shots if shot.defect == defect]
             if source is not None:
-                real = [shot.mask for shot in shots if shot.defect == defect]
                 drawn = [request.mask for request in requests if request.defect == defect]
                 metrics.append(
                     {"metric": "mask_iou", "value": float(np.mean([mask_iou(m, real) for m in drawn])), **share}
                 )
-        if "drawing" in report:
-            again = report["drawing"] - 1
-            most = {"n_generated": len(report), "most_for_one": int(again.max())}
-            metrics.append({"metric": "pairs_redrawn", "value": float(again.sum()), "protocol": most})
+            if "drawing" in rows:
+                drawn = [sampling.read_pair(folder.path, own)[1] for own in rows["seed"]]
+                metrics.append({"metric": "masks_copied", "value": float(sum(copied(m, real) for m in drawn)), **share})
+                flaws = Counter(why for text in rows["redrawn_for"] for why in text.split("; ") if why)
+                kept = Counter(why for why in rows["flaw"] if why)
+                told = {"n_generated": len(rows), "reasons": dict(flaws), "kept_with": dict(kept)}
+                again = {"value": float(flaws.total()), "defect": defect, "protocol": told}
+                metrics.append({"metric": "pairs_redrawn", **again})
         if source is not None:
             reasons = {"n_generated": len(report), "reasons": dict(refused)}
             metrics.append({"metric": "masks_refused", "value": float(refused.total()), "protocol": reasons})
@@ -104,6 +113,11 @@ def sample(s: Study, method: str, seed: int) -> dict[str, Any]:
         speed = {"pairs_per_second": len(report) / seconds, "seconds_per_image": seconds / max(1, len(report))}
         metrics.extend({"metric": m, "value": v if fresh else None, "protocol": protocol} for m, v in speed.items())
     return folder.record("sample")
+
+
+def copied(mask: Tensor, real: Sequence[Tensor]) -> bool:
+    """Whether a drawn mask, bool (1, H, W), is a shot's, as it is, mirrored or turned by half: an IoU above 0.95."""
+    return any((regions.mask_iou(mask[0], shot.flip(turn)[0]) or 0) > COPY for shot in real for turn in TURNS)
 
 
 def quality(s: Study, method: str, seed: int) -> dict[str, Any]:
@@ -131,9 +145,7 @@ def quality(s: Study, method: str, seed: int) -> dict[str, Any]:
                 continue
             pictures, masks = sampling.stack(drawn)
             rows = quality_metrics.evaluate(list(pictures), s.real(defect, seed), refs, **s.quality_arguments())
-            told = {"n_generated": len(drawn), "reader": "the localiser of the shots, above 0.5"}
-            lie = float(np.mean(seen(s, seed, pictures, masks)))
-            rows.append({"metric": SEEN, "value": lie, "protocol": told})
+            rows.append({"metric": SEEN, **_lie(s, seed, defect, pictures, masks)})
             metrics.extend({**row, "defect": defect} for row in rows)
     return folder.record("quality")
 
@@ -171,6 +183,20 @@ def seen(s: Study, seed: int, images: Tensor, masks: Tensor) -> list[float]:
     return [1.0 if value is None else value for value in values]
 
 
+def _lie(s: Study, seed: int, defect: str, images: Tensor, masks: Tensor) -> dict[str, Any]:
+    """Value and protocol of ``mask_seen``; withheld where the reader does not see real, held-out defects either."""
+    real = [(image, mask) for image, mask, name, _ in s.held_out(seed) if name == defect]
+    known = float(np.mean(seen(s, seed, *map(torch.stack, zip(*real))))) if real else None
+    told = {
+        "n_generated": len(images), "n_real": len(real), "reader": "the localiser of the shots, above 0.5",
+        "on_real": known,
+    }  # fmt: skip
+    if known is not None and known < SEEN_LEAST:
+        why = f"on real, held-out defects what the localiser finds overlaps the mask with an IoU of {known:.2f} only"
+        return {"value": None, "protocol": told | {"why_withheld": why}}
+    return {"value": float(np.mean(seen(s, seed, images, masks))), "protocol": told}
+
+
 def downstream(s: Study, method: str, seed: int) -> dict[str, Any]:
     """Train the classifier and the localiser on a run's samples, test on held-out real images; the stage's record.
 
@@ -191,8 +217,8 @@ def downstream(s: Study, method: str, seed: int) -> dict[str, Any]:
             reason = f"the split '{s.settings.data.split}' holds no defect image of {s.category} out"
         elif method != SHOTS_ONLY and {item.defect for item in drawn} != set(s.defects):
             reason = "no mask could be drawn for some defects"
-        elif method != SHOTS_ONLY and not any(usable(item.mask) for item in drawn):
-            reason = "every drawn mask is empty or full"
+        elif method != SHOTS_ONLY and not any(sampling.teaches(item) for item in drawn):
+            reason = "no drawn mask can be learned from: each is empty, full, or of a size that no real one has"
         if reason:
             metrics.extend({"metric": m, "value": None, "protocol": {"why_withheld": reason}} for m in WITHHELD)
         else:
@@ -240,7 +266,7 @@ def _localisation(s: Study, folder: RunFolder, train: list, held_out: list, seed
     settings = s.settings.downstream.localiser
     real, offered = isinstance(train[0], Shot), len(train)
     # A drawn pair whose mask is empty or full would teach that its defect is none, or everywhere.
-    train = [item for item in train if real or usable(item.mask)]
+    train = [item for item in train if real or sampling.teaches(item)]
     if real:
         model, points = reader(s, seed)
         curve = [loss for _, loss in points]

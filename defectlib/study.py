@@ -102,6 +102,11 @@ class Study:
             variant.of if variant and self.config(name).fit_values() == self.config(variant.of).fit_values() else name
         )
 
+    def n_per_defect(self, name: str) -> int:
+        """How many pairs of each defect are drawn by a method or a variant."""
+        asked = self.settings.sample
+        return asked.n_of.get(self.method_of(name).name, asked.n_per_defect)
+
     def load(self, name: str, seed: int) -> Method:
         """The fitted method of a run, or a variant of it, ready to draw; :func:`fit` must have been called.
 

@@ -70,7 +70,8 @@ class Request:
 class Sample:
     """What was drawn; ``mask`` is what downstream models train on.
 
-    ``notes`` say how the mask came about where the method drew it; they are written with the mask.
+    ``notes`` say how the mask came about where the method drew it, and are written with the mask; "flaw" is what is
+    wrong with it. ``part`` is the picture that such a mask was read off, if there is one.
     """
 
     image: Tensor
@@ -80,6 +81,7 @@ class Sample:
     seed: int
     group: int
     notes: dict[str, float | str] = field(default_factory=dict)
+    part: Tensor | None = None
 
     def __post_init__(self):
         check_image(self.image, f"sample {self.seed}")

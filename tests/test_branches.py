@@ -138,11 +138,11 @@ def test_a_background_is_seen_by_the_base_alone(untrained):
 
 
 def test_compensation_by_hand():
-    """phi(z) + gamma MLP(phi(z_b)) for the first half; the released code mixes keys and values alone."""
+    """Keys and values of phi(z) + gamma MLP(phi(z_b)) for the first half; the released code mixes the two."""
     layer, hidden, behind = Compensation(8), normal(4, 5, 8), normal(1, 5, 8, seed=1)
     queries, keys = layer(hidden, behind)
-    assert torch.allclose(queries[:2], hidden[:2] + 0.1 * layer.mlp(behind)) and queries is keys
-    assert torch.equal(queries[2:], hidden[2:])
+    assert torch.allclose(keys[:2], hidden[:2] + 0.1 * layer.mlp(behind)) and torch.equal(keys[2:], hidden[2:])
+    assert torch.equal(queries, hidden)
     released = Compensation(8, released=True)
     queries, keys = released(hidden, behind)
     assert torch.equal(queries, hidden) and torch.equal(keys, hidden), "gamma starts at 0"
@@ -228,8 +228,9 @@ def test_what_was_dropped_is_an_error(untrained):
             broken()
     branches = BranchUNet(untrained.unet, 4, 0)
     next(m for m in branches.unet.modules() if isinstance(m, LoraLayer))._forward_pre_hooks.clear()
-    with pytest.raises(RuntimeError, match="projections have routed LoRA"):
-        branches.check()
+    for broken in (branches.check, lambda: branches(noisy, STEP, text)):
+        with pytest.raises(RuntimeError, match="projections have routed LoRA"):
+            broken()
     branches = BranchUNet(untrained.unet, 4, 0)
     branches.unet.set_adapter("part")
     with pytest.raises(RuntimeError, match="not active"):

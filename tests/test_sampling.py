@@ -56,6 +56,17 @@ def test_a_defect_keeps_its_seeds_when_fewer_are_asked_for():
     assert [r.seed for r in few] == [10_000, 10_001]
 
 
+def test_a_group_shares_its_normal_where_that_is_asked_for():
+    shared = plan(n=6, one_normal_a_group=True)
+    normals = {}
+    for request in shared:
+        normals.setdefault(request.group, []).append(request.normal)
+    assert all(own is few[0] for few in normals.values() for own in few) and len(normals) == 6
+    assert len({id(few[0]) for few in normals.values()}) > 1, "not one for all"
+    masks = zip(shared, plan(n=6, one_normal_a_group=True)[:3], strict=False)
+    assert all(torch.equal(a.mask, b.mask) for a, b in masks)
+
+
 def test_groups_hold_consecutive_requests_of_one_defect():
     requests = plan(n=5)
     sizes = {}

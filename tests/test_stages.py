@@ -160,9 +160,22 @@ def test_a_pairs_threshold_and_its_drawings_are_reported(tiny_parameters):
     s = study.open_category(tiny_parameters.model_copy(update={"methods": ["dualanodiff"]}))
     record = stages.sample(s, "dualanodiff", 0)
     report = pd.read_csv(s.folder("dualanodiff", 0).path / "samples.csv")
-    assert {"threshold", "threshold_by", "drawing"} <= set(report)
-    again = next(m for m in record["metrics"] if m["metric"] == "pairs_redrawn")
-    assert again["value"] == (report["drawing"] - 1).sum() and again["protocol"]["most_for_one"] < 4
+    assert {"threshold", "threshold_by", "drawing", "flaw", "redrawn_for"} <= set(report)
+    rows = [m for m in record["metrics"] if m["metric"] == "pairs_redrawn"]
+    assert [m["defect"] for m in rows] == list(s.defects)
+    for m, (_, own) in zip(rows, report.groupby("defect", sort=False), strict=True):
+        assert m["value"] == (own["drawing"] - 1).sum() == sum(m["protocol"]["reasons"].values())
+        assert sum(m["protocol"]["kept_with"].values()) == own["flaw"].notna().sum() == len(sampling.problems(own))
+    folder = s.folder("dualanodiff", 0).path
+    assert len(list((folder / "parts").glob("*.png"))) == len(report)
+    assert all(item.part is not None and item.notes["threshold"] for item in sampling.load(folder))
+
+
+def test_a_shots_mask_that_comes_back_is_counted_as_a_copy():
+    real, other = torch.zeros(1, 64, 64, dtype=torch.bool), torch.zeros(1, 64, 64, dtype=torch.bool)
+    real[0, 5:9, 10:50], other[0, 5:9, 2:42] = True, True
+    assert all(stages.copied(mask, [real]) for mask in (real, real.flip(-1), real.flip(-2), real.flip(-2, -1)))
+    assert not stages.copied(other, [real]) and not stages.copied(torch.zeros_like(real), [real])
 
 
 def test_masks_are_seen_by_a_localiser_of_the_shots_that_is_trained_once(tiny_parameters, monkeypatch):
@@ -175,6 +188,7 @@ def test_masks_are_seen_by_a_localiser_of_the_shots_that_is_trained_once(tiny_pa
         return real(*arguments)
 
     monkeypatch.setattr(stages.models, "train_localiser", counted)
+    monkeypatch.setattr(stages, "SEEN_LEAST", 0.0)  # a reader of two steps sees nothing
     rows = stages.quality(s, "crop_paste", 0)["metrics"]
     values = {row["defect"]: row["value"] for row in rows if row["metric"] == stages.SEEN}
     assert set(values) == set(s.defects) and all(0 <= value <= 1 for value in values.values())
@@ -187,3 +201,21 @@ def test_masks_are_seen_by_a_localiser_of_the_shots_that_is_trained_once(tiny_pa
     monkeypatch.setattr(stages.models, "predict_maps", lambda *_: torch.eye(64).repeat(2, 1, 1))
     masks[1, 0, :32] = torch.eye(64, dtype=torch.bool)[:32]
     assert stages.seen(s, 0, images, masks) == [0.0, 0.5]
+
+
+def test_what_a_blind_reader_says_is_withheld(tiny_parameters, monkeypatch):
+    """Real and drawn images alike show it nothing; above the least overlap it is heard."""
+    s = study.open_category(tiny_parameters)
+    monkeypatch.setattr(stages.models, "predict_maps", lambda model, images: torch.zeros(len(images), s.size, s.size))
+    rows = [m for m in stages.quality(s, "crop_paste", 0)["metrics"] if m["metric"] == stages.SEEN]
+    assert len(rows) == len(s.defects) and all(m["value"] is None and m["protocol"]["on_real"] == 0 for m in rows)
+    assert all("IoU of 0.00 only" in m["protocol"]["why_withheld"] for m in rows)
+
+
+def test_compensation_runs_on_an_object(tiny_parameters):
+    """Of the shipped categories the gear has a background; notebooks are tested on brick, which fills the frame."""
+    s = study.open_category(tiny_parameters.model_copy(update={"category": "gear", "methods": ["dualanodiff"]}))
+    assert "dualanodiff_compensated" in s.variants
+    record = stages.sample(s, "dualanodiff_compensated", 0)
+    drawn = sampling.load(s.folder("dualanodiff_compensated", 0).path)
+    assert record["metrics"] and len(drawn) == s.n_per_defect("dualanodiff") * len(s.defects)

@@ -15,7 +15,7 @@ from defectlib import batch, params, paths
 
 ROOMS = [
     *("paths", "types", "images", "params", "data", "masks"),
-    *("backbone", "attention", "diffusion", "control", "branches", "fusion", "training", "adaptation"),
+    *("backbone", "attention", "diffusion", "control", "fusion", "training", "branches", "adaptation"),
     *("methods", "sampling", "metrics", "downstream", "pretrain", "prepare", "runs", "study", "stages"),
     *("published", "report", "doctor", "batch", "cli"),
 ]

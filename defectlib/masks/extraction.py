@@ -21,7 +21,7 @@ class Extracted(NamedTuple):
 
     mask: Tensor
     threshold: float
-    by: Literal["otsu", "floor"]
+    by: Literal["otsu", "floor", "border"]
 
 
 def extract(part: Tensor, floor: float = FLOOR, speck: float = SPECK) -> Extracted:
@@ -36,9 +36,13 @@ def extract(part: Tensor, floor: float = FLOOR, speck: float = SPECK) -> Extract
         speck: Components smaller than this share of the largest are dropped.
 
     Returns:
-        An empty mask where nothing departs by more than ``floor``.
+        An empty mask where nothing departs by more than ``floor``. A full one, set by the "border", where most of the
+        border departs: there is no grey left that a defect could stand out from, and Otsu would cut up the picture.
     """
     departure = part.abs().amax(0).numpy()
+    border = np.concatenate([departure[[0, -1]].ravel(), departure[1:-1, [0, -1]].ravel()])
+    if np.median(border) > floor:
+        return Extracted(torch.ones(1, *departure.shape, dtype=torch.bool), floor, "border")
     otsu = float(threshold_otsu(departure)) if np.ptp(departure) else 0.0
     found = departure > max(otsu, floor)
     labels, count = ndimage.label(found, np.ones((3, 3)))

@@ -17,9 +17,6 @@ from defectlib.backbone import Backbone
 from defectlib.params import Strict
 from defectlib.types import Request, Sample, Shot
 
-TURNS = ((), (-1,), (-2,), (-2, -1))
-"""The flips of a shot that a method with ``flips`` learns from: as it is, mirrored both ways, turned by half."""
-
 
 class MethodConfig(Strict):
     """Base of every method's frozen configuration: unknown fields are refused, ablations are fields.
@@ -48,6 +45,7 @@ class Method(Protocol):
         makes_masks: True where the method draws its own mask and ignores ``Request.mask``.
         preserves_background: True where pixels outside the sample's mask equal the normal's exactly.
         needs_backbone: True where it draws with a base model.
+        one_normal_a_group: True where the requests of a group share their normal image, which is then looked at once.
     """
 
     Config: ClassVar[type[MethodConfig]]
@@ -55,6 +53,7 @@ class Method(Protocol):
     makes_masks: ClassVar[bool]
     preserves_background: ClassVar[bool]
     needs_backbone: ClassVar[bool]
+    one_normal_a_group: ClassVar[bool]
     config: MethodConfig
 
     def __init__(self, config: MethodConfig, backbone: Backbone | None = None) -> None:
@@ -77,7 +76,7 @@ class Method(Protocol):
 
 
 PROMISED = (
-    *("Config", "scope", "makes_masks", "preserves_background", "needs_backbone"),
+    *("Config", "scope", "makes_masks", "preserves_background", "needs_backbone", "one_normal_a_group"),
     *("fit", "sample", "save", "load"),
 )
 _REGISTRY: dict[str, type[Method]] = {}

@@ -70,6 +70,7 @@ class CropPaste:
     makes_masks = True
     preserves_background = True
     needs_backbone = False
+    one_normal_a_group = False
 
     def __init__(self, config: CropPasteConfig, backbone: Backbone | None = None) -> None:
         self.config = config

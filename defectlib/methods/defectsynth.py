@@ -45,8 +45,9 @@ from defectlib.backbone import ENCODE_BATCH, Backbone
 from defectlib.control import denoising_loss, embedded_once, new_controlnet
 from defectlib.diffusion import denoise, dilated, noise_like, reach, to_latents
 from defectlib.fusion import fuse
+from defectlib.images import TURNS
 from defectlib.masks import alignment
-from defectlib.methods.base import TURNS, MethodConfig, load_shots, register, save_shots
+from defectlib.methods.base import MethodConfig, load_shots, register, save_shots
 from defectlib.training import Curve, FitSettings, State, fit
 from defectlib.types import Request, Sample, Shot
 
@@ -63,6 +64,7 @@ class DefectSynthConfig(MethodConfig):
     Attributes:
         epochs: Passes over the shots; ``steps`` replaces them where it is given. After 0 steps the ControlNet has no
             effect, and the base model draws by itself (zero-shot).
+        schedule: Of the learning rate: constant as in the paper, or a cosine to zero, for short fits at a high rate.
         flips: Also train on every shot mirrored both ways and turned by half; the paper has no augmentation.
         mask_weight: Added to the loss's weight of 1 inside the mask; the paper has none.
         adapt_steps: Steps by which the base model is first adapted to the normal images (see ``adaptation``); the paper
@@ -90,6 +92,7 @@ class DefectSynthConfig(MethodConfig):
     steps: int | None = Field(None, ge=0)
     train_batch_size: int = Field(2, ge=1)
     learning_rate: float = Field(1e-5, gt=0)
+    schedule: Literal["constant", "cosine"] = "constant"
     flips: bool = False
     mask_weight: float = Field(0.0, ge=0)
     precision: Literal["no", "bf16"] = "no"
@@ -128,7 +131,8 @@ class DefectSynthConfig(MethodConfig):
         """The settings of the fit loop for this many training items."""
         return FitSettings(
             steps=self.epochs * -(-n_items // self.train_batch_size) if self.steps is None else self.steps,
-            batch_size=self.train_batch_size, learning_rate=self.learning_rate, precision=self.precision, ema=self.ema,
+            batch_size=self.train_batch_size, learning_rate=self.learning_rate, schedule=self.schedule,
+            precision=self.precision, ema=self.ema,
         )  # fmt: skip
 
 
@@ -147,6 +151,7 @@ class DefectSynth:
     makes_masks = False
     preserves_background = False
     needs_backbone = True
+    one_normal_a_group = False
 
     def __init__(self, config: DefectSynthConfig, backbone: Backbone | None = None) -> None:
         if backbone is None:
@@ -366,7 +371,8 @@ class DefectSynth:
         method.shots = load_shots(folder, described["shots"])
         method.curve = [tuple(point) for point in described["curve"]]
         net = ControlNetModel.from_pretrained(folder / "controlnet", local_files_only=True)
-        method.controlnet = net.to(backbone.device).eval().requires_grad_(False)
+        net = net.to(backbone.device, memory_format=torch.channels_last)
+        method.controlnet = net.eval().requires_grad_(False)
         return method
 
 

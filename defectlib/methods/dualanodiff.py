@@ -12,8 +12,8 @@ rows, which are never followed:
 what                  here                                        released
 ====================  ==========================================  =======================================
 SAIM's last layer     zero, so that training starts at the base   random
-BCM                   joins all of a self-attention's input,      joins keys and values, gamma from 0,
-                      gamma from 0.1, ReLU between                linear; a second, unread MLP beside
+BCM                   adds to keys and values, gamma from 0.1,    mixes them, gamma from 0, linear; a second,
+                      ReLU between                                unread MLP in each cross-attention
 background latents    scaled by the VAE's factor                  unscaled
 --------------------  ------------------------------------------  ---------------------------------------
 scheduler             the base model's noise schedule, DDIM       PNDM
@@ -30,7 +30,6 @@ U^2-Net can be compared with where its weights are (``masks.saliency``); ``04_me
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import shutil
@@ -42,21 +41,19 @@ import numpy as np
 import safetensors.torch
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from defectlib import paths
-from defectlib.backbone import ENCODE_BATCH, Backbone, tokenize
-from defectlib.branches import BranchUNet, lora
-from defectlib.diffusion import denoise, noise_like, noised
-from defectlib.images import resize_image, resize_mask
+from defectlib.backbone import ENCODE_BATCH, Backbone
+from defectlib.branches import Dual, background, dual_loss, training_pictures
+from defectlib.diffusion import denoise, noise_like
 from defectlib.masks.extraction import FLOOR, extract
-from defectlib.masks.shape import usable
+from defectlib.masks.interpolation import area_of, flaws
 from defectlib.masks.trimap import foreground
-from defectlib.methods.base import TURNS, MethodConfig, register
+from defectlib.methods.base import MethodConfig, register
 from defectlib.training import Curve, FitSettings, State, digest, fit, once
 from defectlib.types import Request, Sample, Shot
 
-PROMPTS = ("a vfx with sks", "sks")
 # What starts from noise: each has a stream of its own under one seed.
 IMAGE, PART, BACKGROUND = range(3)
 ENDED = "ended"
@@ -66,6 +63,7 @@ class DualAnoDiffConfig(MethodConfig):
     """The paper's values are the defaults; its ablations are ``interaction`` (SAIM) and ``compensation`` (BCM).
 
     Attributes:
+        schedule: Of the learning rate: constant as in the paper, or a cosine to zero, for short fits at a high rate.
         rank: Of LoRA in the UNet, one adapter a branch, and in the text encoder, one for both prompts.
         compensation: The paper trains with it at batch 2 and draws in 50 steps with guidance 2.0.
         flips: Also train on every shot mirrored both ways and turned by half.
@@ -73,7 +71,8 @@ class DualAnoDiffConfig(MethodConfig):
         crop_side: Their least side, as a share of the image's; each holds half of the defect or more.
         released: SAIM and BCM as in the released code, see :meth:`as_released`.
         floor: Least departure from grey that is defect, see ``masks.extraction``.
-        attempts: Drawings at most until the part holds a defect that does not fill it.
+        attempts: Drawings at most until the mask has no flaw: it is neither empty nor full, and its area lies within
+            half the least and twice the largest of the defect's shots.
         batch_size: Pairs a call of the model; short batches are padded, so that a sample depends on itself alone.
             At most half of what the VAE takes at once.
     """
@@ -83,6 +82,7 @@ class DualAnoDiffConfig(MethodConfig):
     steps: int = Field(5000, ge=1)
     train_batch_size: int = Field(4, ge=1)
     learning_rate: float = Field(2e-5, gt=0)
+    schedule: Literal["constant", "cosine"] = "constant"
     rank: int = Field(32, ge=1)
     interaction: bool = True
     compensation: bool = False
@@ -104,116 +104,6 @@ class DualAnoDiffConfig(MethodConfig):
         return cls(**{"released": True} | changes)
 
 
-class Dual(nn.Module):
-    """The base model with what one (category, defect) trains: both branches, and the text encoder's LoRA."""
-
-    def __init__(self, base: Backbone, config: DualAnoDiffConfig, seed: int) -> None:
-        super().__init__()
-        self.branches = BranchUNet(
-            base.unet, config.rank, seed,
-            interaction=config.interaction, compensation=config.compensation, released=config.released,
-        )  # fmt: skip
-        self.text_encoder = copy.deepcopy(base.text_encoder).requires_grad_(False)
-        projections = ["q_proj", "k_proj", "v_proj", "out_proj"]
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            self.text_encoder.add_adapter(lora(config.rank, projections), "text")
-        self.register_buffer("tokens", tokenize(base.tokenizer, [*PROMPTS, ""]), persistent=False)
-        if config.gradient_checkpointing:
-            self.branches.unet.enable_gradient_checkpointing()
-        self.to(base.device).eval()
-        # In one list without names that a module cannot have; a checkpoint then holds what is trained alone.
-        self.names = [name for name, value in self.named_parameters() if value.requires_grad]
-        own = dict(self.named_parameters())
-        self.trained = nn.ParameterList([own[name] for name in self.names])
-
-    def text(self) -> Tensor:
-        """The image's prompt, the part's, and the empty one, (3, L, D)."""
-        return self.text_encoder(self.tokens)[0]
-
-    def trained_state(self) -> State:
-        """A copy on the CPU of all that is trained, by name."""
-        values = (value.detach().cpu().contiguous().clone() for value in self.trained)
-        return dict(zip(self.names, values, strict=True))
-
-    def expect(self, state: State) -> None:
-        """Raise ValueError where a state is of another rank, other parts (SAIM, BCM) or another base model."""
-        own = dict(zip(self.names, self.trained, strict=True))
-        if {name: value.shape for name, value in state.items()} != {name: value.shape for name, value in own.items()}:
-            raise ValueError("these branches were fitted with another rank, other parts or another base: fit them anew")
-
-    def load_trained(self, state: State) -> None:
-        """Set what is trained to what :meth:`trained_state` held, ready to draw."""
-        self.expect(state)
-        self.branches.unfold()
-        with torch.no_grad():
-            for name, value in zip(self.names, self.trained, strict=True):
-                value.copy_(state[name])
-        self.branches.fold()
-
-
-def background(image: Tensor) -> Tensor:
-    """The image (3, H, W) without its object, which is mid-grey there: I_b = (1 - M_f) I.
-
-    All of it is grey where the surface fills the frame. The paper has M_f from U^2-Net, here it is ``masks.trimap``'s.
-    """
-    return image * ~foreground(image)
-
-
-def crop_box(mask: Tensor, side: float, rng: np.random.Generator) -> tuple[slice, slice]:
-    """A random square window, its side at least this share of the mask's, with half of the defect in it or more.
-
-    Of 32 windows the first that has it, else the whole.
-    """
-    size = mask.shape[-1]
-    for _ in range(32):
-        length = int(rng.integers(round(side * size), size + 1))
-        y, x = rng.integers(size - length + 1, size=2)
-        box = slice(y, y + length), slice(x, x + length)
-        if 2 * mask[:, *box].sum() >= mask.sum():
-            return box
-    return slice(0, size), slice(0, size)
-
-
-def training_pictures(shots: Sequence[Shot], config: DualAnoDiffConfig, seed: int) -> dict[str, Tensor]:
-    """What is learned from: "image", "part" and with compensation "background", (N, 3, H, W) each, row by row."""
-    pictures: dict[str, list[Tensor]] = {"image": [], "part": []} | ({"background": []} if config.compensation else {})
-    for k in range(1 + config.crops):
-        for i, shot in enumerate(shots):
-            size, box = shot.image.shape[-1], (slice(None), slice(None))
-            if k:
-                box = crop_box(shot.mask, config.crop_side, np.random.default_rng([seed, i, k]))
-            image = resize_image(shot.image[:, *box], size)
-            pictures["image"].append(image)
-            pictures["part"].append(image * resize_mask(shot.mask[:, *box], size))
-            if config.compensation:  # the object is found in the whole image: a crop may have no border
-                pictures["background"].append(image * ~resize_mask(foreground(shot.image)[:, *box], size))
-    turns = TURNS if config.flips else TURNS[:1]
-    return {name: torch.cat([torch.stack(some).flip(turn) for turn in turns]) for name, some in pictures.items()}
-
-
-def dual_loss(dual: Dual, base: Backbone, clean: dict[str, Tensor], generator: torch.Generator) -> Tensor:
-    """What a training step minimises: the mean over both branches of the base's own loss, eps-MSE in the paper.
-
-    Args:
-        dual: What is trained.
-        base: Its noise schedule and its empty prompt are used.
-        clean: x_0 of "image" and "part", and with compensation of "background", (N, C, h, w) each.
-        generator: A CPU generator: timesteps, one a pair, then the noise of each branch.
-    """
-    scheduler, n = base.scheduler, len(clean["image"])
-    timesteps = torch.randint(scheduler.config.num_train_timesteps, (n,), generator=generator)
-    rows = {name: noised(x, scheduler, generator, timesteps) for name, x in clean.items()}
-    noisy, target = (torch.cat([rows[name][i] for name in ("image", "part")]) for i in (0, 2))
-    timesteps = timesteps.to(noisy.device)
-    features = None
-    if "background" in rows:
-        features = dual.branches.background_features(rows["background"][0], timesteps, base.embed([""] * n))
-    text = dual.text()[:2].repeat_interleave(n, 0)
-    predicted = dual.branches(noisy, timesteps.repeat(2), text, features)
-    return (predicted.float() - target).square().mean()
-
-
 @register("dualanodiff")
 class DualAnoDiff:
     """See the module's docstring."""
@@ -223,6 +113,7 @@ class DualAnoDiff:
     makes_masks = True
     preserves_background = False
     needs_backbone = True
+    one_normal_a_group = True
 
     def __init__(self, config: DualAnoDiffConfig, backbone: Backbone | None = None) -> None:
         if backbone is None:
@@ -230,6 +121,7 @@ class DualAnoDiff:
         self.config, self.backbone = config, backbone
         self.states: dict[str, State] = {}
         self.curves: dict[str, Curve] = {}
+        self.areas: dict[str, tuple[float, float]] = {}
         self._dual: Dual | None = None
         self._holds = ""
 
@@ -240,7 +132,7 @@ class DualAnoDiff:
 
         Raises:
             ValueError: There is no shot, a shot's mask covers the whole image, or compensation is asked for where no
-                shot of a defect has a background.
+                shot of a defect, or not every normal, has a background.
         """
         if not shots:
             raise ValueError("DualAnoDiff needs at least one shot of a defect to learn from")
@@ -257,26 +149,37 @@ class DualAnoDiff:
                     f"compensation needs a background, and in the shots of {own[0].category}/{defect} the surface "
                     "fills the frame: set compensation to false"
                 )
+        blank = sum(bool(foreground(image).all()) for image in normals) if self.config.compensation else 0
+        if blank:
+            raise ValueError(
+                f"compensation needs a background, and {blank} of {len(normals)} normal images of {shots[0].category} "
+                "show none: leave them out, or set compensation to false"
+            )
         self.states, self.curves = {}, {}
         self._dual, self._holds = None, ""
+        areas = {defect: [area_of(shot.mask) for shot in own] for defect, own in by_defect.items()}
+        self.areas = {defect: (min(own), max(own)) for defect, own in areas.items()}
         for defect, own in by_defect.items():
             self.states[defect], self.curves[defect] = self._fit(defect, own, seed, workdir)
 
     def _fit(self, defect: str, shots: Sequence[Shot], seed: int, workdir: Path) -> tuple[State, Curve]:
         """Train the model of one defect, or take it from where a killed run had ended it; ``save`` clears that."""
         config, base = self.config, self.backbone
-        pictures = training_pictures(shots, config, seed)
+        pictures = training_pictures(
+            shots, seed, flips=config.flips, crops=config.crops, crop_side=config.crop_side,
+            backgrounds=config.compensation,
+        )  # fmt: skip
 
         def train() -> tuple[State, Curve]:
             latents = {name: self._encode(images, name) for name, images in pictures.items()}
-            dual = Dual(base, config, seed)
+            dual = self._new(seed)
 
             def loss(items: Tensor, generator: torch.Generator) -> Tensor:
                 return dual_loss(dual, base, {name: x[items] for name, x in latents.items()}, generator)
 
             settings = FitSettings(
                 steps=config.steps, batch_size=config.train_batch_size, learning_rate=config.learning_rate,
-                precision=config.precision,
+                schedule=config.schedule, precision=config.precision,
             )  # fmt: skip
             curve = fit(dual.trained, loss, len(latents["image"]), settings, seed=seed, folder=folder)
             return dual.trained_state(), curve
@@ -284,6 +187,14 @@ class DualAnoDiff:
         asked = [base.digest, config.fit_values(), digest(pictures.values()), seed]
         folder = workdir / "checkpoints" / f"{defect}-{hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:12]}"
         return once(workdir / ENDED / f"{defect}.safetensors", asked, train)
+
+    def _new(self, seed: int) -> Dual:
+        """An untrained model of this configuration."""
+        config = self.config
+        return Dual(
+            self.backbone, config.rank, seed, interaction=config.interaction, compensation=config.compensation,
+            released=config.released, checkpointing=config.gradient_checkpointing,
+        )  # fmt: skip
 
     def _encode(self, images: Tensor, name: str) -> Tensor:
         """Latents; the released code forgets the VAE's factor for backgrounds."""
@@ -294,7 +205,7 @@ class DualAnoDiff:
     def dual(self, defect: str) -> Dual:
         """The model of a defect; one at a time is held, the others' trained weights lie beside it."""
         if self._dual is None:
-            self._dual = Dual(self.backbone, self.config, seed=0).requires_grad_(False)
+            self._dual = self._new(0).requires_grad_(False)
         if self._holds != defect:
             self._dual.load_trained(self.states[defect])
             self._holds = defect
@@ -302,9 +213,10 @@ class DualAnoDiff:
 
     @torch.no_grad()
     def sample(self, requests: Sequence[Request]) -> list[Sample]:
-        """Draw pairs; one whose part holds no defect, or nothing else, is drawn again, ``attempts`` times at most.
+        """Draw pairs; one whose mask has a flaw is drawn again, up to ``attempts`` drawings.
 
-        A sample's notes say at which threshold its mask was cut, what set it, and at which drawing it was kept.
+        A sample's notes say at which threshold its mask was cut and what set it, at which drawing it was kept, for
+        which flaws others were not, and the flaw that it was kept with where there was no drawing left.
 
         Raises:
             ValueError: A request asks for a defect that was not learned, or compensation has no background to read.
@@ -319,26 +231,34 @@ class DualAnoDiff:
                     "leave the image out, or set compensation to false"
                 )
         drawn: dict[int, Sample] = {}
+        before: dict[int, list[str]] = {i: [] for i in range(len(requests))}
         for attempt in range(self.config.attempts):
-            left = [i for i in range(len(requests)) if i not in drawn or not usable(drawn[i].mask)]
+            left = [i for i in range(len(requests)) if i not in drawn or drawn[i].notes["flaw"]]
+            for i in left if attempt else []:
+                before[i].append(drawn[i].notes["flaw"])
             for defect in dict.fromkeys(requests[i].defect for i in left):
                 own = [i for i in left if requests[i].defect == defect]
                 for start in range(0, len(own), self.config.batch_size):
                     part = own[start : start + self.config.batch_size]
                     drawn |= zip(part, self._draw([requests[i] for i in part], attempt), strict=True)
+        for i, flawed in before.items():
+            drawn[i].notes["redrawn_for"] = "; ".join(flawed)
         return [drawn[i] for i in range(len(requests))]
 
     def _draw(self, requests: Sequence[Request], attempt: int) -> list[Sample]:
         """Up to ``batch_size`` pairs of one defect."""
         images, parts = self.denoised(requests, attempt)
-        found = [extract(part, self.config.floor) for part in parts]
-        return [
-            Sample(
-                image, cut.mask, r.category, r.defect, r.seed, r.group,
-                {"threshold": round(cut.threshold, 4), "threshold_by": cut.by, "drawing": attempt + 1},
-            )
-            for image, cut, r in zip(images, found, requests, strict=True)
-        ]  # fmt: skip
+        samples = []
+        for image, part, r in zip(images, parts, requests, strict=True):
+            cut = extract(part, self.config.floor)
+            notes = {"threshold": round(cut.threshold, 4), "threshold_by": cut.by, "drawing": attempt + 1}
+            notes["flaw"] = self._flaw(cut.mask, r.defect)
+            samples.append(Sample(image, cut.mask, r.category, r.defect, r.seed, r.group, notes, part))
+        return samples
+
+    def _flaw(self, mask: Tensor, defect: str) -> str:
+        """What is wrong with a drawn mask; "" for a good one."""
+        return "full" if mask.all() else next(iter(flaws(mask, torch.ones_like(mask), self.areas[defect])), "")
 
     def denoised(self, requests: Sequence[Request], attempt: int = 0, hooks: Sequence = ()) -> tuple[Tensor, Tensor]:
         """Images and parts (N, 3, H, W) of up to ``batch_size`` requests of one defect; hooks see the batch padded."""
@@ -385,7 +305,12 @@ class DualAnoDiff:
         """What was trained, a file a defect, and the configuration."""
         for defect, state in self.states.items():
             paths.write_bytes(folder / f"{defect}.safetensors", safetensors.torch.save(state))
-        described = {"config": self.config.model_dump(), "backbone": self.backbone.digest, "curves": self.curves}
+        described = {
+            "config": self.config.model_dump(),
+            "backbone": self.backbone.digest,
+            "curves": self.curves,
+            "areas": self.areas,
+        }
         paths.write_text(folder / "method.json", json.dumps(described, indent=1))
         shutil.rmtree(folder / ENDED, ignore_errors=True)
 
@@ -400,11 +325,12 @@ class DualAnoDiff:
         method = cls(cls.Config(**described["config"]), backbone)
         if described["backbone"] != backbone.digest:
             raise ValueError(f"{folder} was fitted on another base model than '{backbone.name}': fit it anew")
-        method._dual = Dual(backbone, method.config, seed=0).requires_grad_(False)
+        method._dual = method._new(0).requires_grad_(False)
+        method.areas = {defect: tuple(ends) for defect, ends in described["areas"].items()}
         for defect, curve in described["curves"].items():
             method.states[defect] = safetensors.torch.load_file(folder / f"{defect}.safetensors")
             method.curves[defect] = [tuple(point) for point in curve]
-            method._dual.expect(method.states[defect])
+            method._dual.expect(method.states[defect], folder / f"{defect}.safetensors")
         return method
 
 

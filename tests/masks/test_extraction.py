@@ -14,6 +14,13 @@ def test_a_part_without_a_defect_gives_an_empty_mask():
     assert not extract(torch.zeros(3, 64, 64)).mask.any()
 
 
+@pytest.mark.parametrize("part", [grey() - 0.5, grey(0.5), torch.linspace(-1, 1, 64).expand(3, 64, 64)])
+def test_a_part_without_its_grey_gives_a_full_mask(part):
+    """A whole picture in the place of a part: Otsu alone would cut out its bright half."""
+    found = extract(part.clamp(-1, 1))
+    assert found.mask.all() and found.by == "border"
+
+
 @pytest.mark.parametrize("level", [-0.8, -0.3, 0.5])
 def test_a_defect_of_any_tone_is_found_to_the_pixel(level):
     part, truth = grey(), torch.zeros(1, 64, 64, dtype=torch.bool)

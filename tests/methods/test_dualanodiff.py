@@ -4,9 +4,13 @@ import numpy as np
 import pytest
 import torch
 
+from defectlib import sampling
+from defectlib.branches import background, crop_box, training_pictures
 from defectlib.diffusion import noise_like
+from defectlib.images import TURNS
+from defectlib.masks.extraction import extract
 from defectlib.methods import dualanodiff
-from defectlib.methods.dualanodiff import DualAnoDiff, DualAnoDiffConfig, background, crop_box, training_pictures
+from defectlib.methods.dualanodiff import DualAnoDiff, DualAnoDiffConfig
 from defectlib.types import Request, Shot
 
 QUICK = {"steps": 2, "train_batch_size": 2, "rank": 4, "num_inference_steps": 2, "batch_size": 2}
@@ -48,21 +52,20 @@ def fitted(fit):
 
 
 def test_a_part_is_the_defect_on_mid_grey_and_turns_with_its_image():
-    pictures = training_pictures(SHOTS, DualAnoDiffConfig(compensation=True), 0)
+    pictures = training_pictures(SHOTS, 0, backgrounds=True)
     assert {name: x.shape for name, x in pictures.items()} == dict.fromkeys(
         ("image", "part", "background"), (12, 3, 64, 64)
     )
-    masks = torch.cat([torch.stack([s.mask for s in SHOTS]).flip(turn) for turn in dualanodiff.TURNS])
+    masks = torch.cat([torch.stack([s.mask for s in SHOTS]).flip(turn) for turn in TURNS])
     assert torch.equal(pictures["part"], pictures["image"] * masks)
     inside = pictures["background"][:, :, 20:44, 20:44]
     assert (inside == 0).all() and torch.equal(pictures["background"][..., :8], pictures["image"][..., :8])
 
 
 def test_a_crop_is_the_same_for_image_and_part():
-    config = DualAnoDiffConfig(crops=3, flips=False)
-    pictures = training_pictures(SHOTS, config, 0)
+    pictures = training_pictures(SHOTS, 0, crops=3, flips=False)
     assert len(pictures["image"]) == 12 and torch.equal(pictures["image"][:3], torch.stack([s.image for s in SHOTS]))
-    again, other = training_pictures(SHOTS, config, 0), training_pictures(SHOTS, config, 1)
+    again, other = (training_pictures(SHOTS, seed, crops=3, flips=False) for seed in (0, 1))
     assert torch.equal(pictures["image"], again["image"]) and not torch.equal(pictures["image"], other["image"])
     for image, part in zip(pictures["image"][3:], pictures["part"][3:], strict=True):
         drawn = part.abs().amax(0) > 0
@@ -81,8 +84,7 @@ def test_a_crop_keeps_the_defect_or_is_the_whole_image():
 
 def test_a_crops_background_is_that_of_the_whole_image():
     """Where a crop has no border of its own the finder would say that the surface fills the frame."""
-    config = DualAnoDiffConfig(crops=4, crop_side=0.5, flips=False, compensation=True)
-    pictures = training_pictures(SHOTS, config, 0)
+    pictures = training_pictures(SHOTS, 0, crops=4, crop_side=0.5, flips=False, backgrounds=True)
     grey = (pictures["background"] == 0).all(1).float().mean((1, 2))
     assert (grey > 0.1).all() and (grey < 1).any()
 
@@ -127,7 +129,7 @@ def test_without_guidance_or_with_another_a_picture_changes(fitted):
     usual = fitted.sample([request(1)])[0].image
     for changes in ({"guidance_scale": 1.0}, {"guidance_scale": 4.0}, {"num_inference_steps": 3}):
         other = DualAnoDiff(fitted.config.model_copy(update=changes), fitted.backbone)
-        other.states = fitted.states
+        other.states, other.areas = fitted.states, fitted.areas
         assert not torch.equal(other.sample([request(1)])[0].image, usual)
 
 
@@ -149,14 +151,19 @@ def test_as_released_draws_otherwise(fit, compensation):
 
 
 def test_the_masks_threshold_is_noted(fitted):
-    notes = fitted.sample([request(1)])[0].notes
-    assert notes["threshold_by"] in ("otsu", "floor") and notes["drawing"] == 1
-    assert notes["threshold"] >= fitted.config.floor
+    sample = fitted.sample([request(1)])[0]
+    assert sample.notes["threshold_by"] in ("otsu", "floor", "border")
+    assert sample.notes["threshold"] >= fitted.config.floor and sample.notes["drawing"] <= fitted.config.attempts
+    found = extract(sample.part, fitted.config.floor)
+    assert torch.equal(found.mask, sample.mask), "and the part that it was cut from is kept"
 
 
-def test_empty_and_full_masks_are_drawn_again_up_to_a_bound(fitted, monkeypatch):
+def test_flawed_masks_are_drawn_again_up_to_a_bound(fitted, monkeypatch):
+    """Empty, full, and larger than twice any shot's; a crop of the last one would be in range."""
     calls = []
-    masks = {1: torch.zeros(1, 64, 64, dtype=torch.bool), 2: torch.ones(1, 64, 64, dtype=torch.bool)}
+    masks = {k: torch.zeros(1, 64, 64, dtype=torch.bool) for k in (1, 2, 3)}
+    masks[2][:] = True
+    masks[3][0, 8:40, 8:40] = True
 
     def denoised(requests, attempt=0, hooks=()):
         calls.append([(r.seed, attempt) for r in requests])
@@ -167,14 +174,18 @@ def test_empty_and_full_masks_are_drawn_again_up_to_a_bound(fitted, monkeypatch)
         return parts, parts
 
     monkeypatch.setattr(fitted, "denoised", denoised)
-    samples = fitted.sample([request(1), request(2)])
-    assert calls == [[(1, 0), (2, 0)], [(1, 1), (2, 1)], [(2, 2)]]
-    assert [s.notes["drawing"] for s in samples] == [2, 3]
-    assert all(torch.equal(s.mask, SHOTS[0].mask) for s in samples)
+    monkeypatch.setattr(fitted, "config", fitted.config.model_copy(update={"batch_size": 3}))
+    samples = fitted.sample([request(1), request(2), request(3)])
+    assert calls == [[(1, 0), (2, 0), (3, 0)], [(1, 1), (2, 1), (3, 1)], [(2, 2), (3, 2)], [(3, 3)]]
+    assert [s.notes["drawing"] for s in samples] == [2, 3, 4]
+    far = "area outside the real range"
+    assert [s.notes["redrawn_for"] for s in samples] == ["empty", "full; full", "; ".join([far] * 3)]
+    assert all(torch.equal(s.mask, SHOTS[0].mask) and sampling.teaches(s) for s in samples)
     monkeypatch.setattr(fitted, "config", fitted.config.model_copy(update={"attempts": 1}))
     calls.clear()
-    samples = fitted.sample([request(1), request(2)])
+    samples = fitted.sample([request(1), request(2), request(3)])
     assert len(calls) == 1 and not samples[0].mask.any() and samples[1].mask.all(), "kept as they are, to be counted"
+    assert [s.notes["flaw"] for s in samples] == ["empty", "full", far] and not any(map(sampling.teaches, samples))
 
 
 def test_a_redrawing_starts_from_other_noise_than_any_other_drawing(fitted):
@@ -222,6 +233,10 @@ def test_bad_input_is_one_sentence(untrained, fit, tmp_path):
         DualAnoDiff(DualAnoDiffConfig(**QUICK, compensation=True), untrained).fit(
             [surface], [], prompts={}, seed=0, workdir=tmp_path
         )
+    with pytest.raises(ValueError, match=r"1 of 2 normal images of plate show none"):
+        DualAnoDiff(DualAnoDiffConfig(**QUICK, compensation=True), untrained).fit(
+            SHOTS, [normal(), noise * 2 - 1], prompts={}, seed=0, workdir=tmp_path
+        )
     with pytest.raises(ValueError, match="fitted on nothing, not on 'hole'"):
         method.sample([request(1)])
     with pytest.raises(ValueError, match="normal image of request 1 shows no background"):
@@ -229,7 +244,7 @@ def test_bad_input_is_one_sentence(untrained, fit, tmp_path):
     fit(rank=2).save(tmp_path)
     text = (tmp_path / "method.json").read_text()
     (tmp_path / "method.json").write_text(text.replace('"rank": 2', '"rank": 4'))
-    with pytest.raises(ValueError, match="another rank"):
+    with pytest.raises(ValueError, match=r"hole\.safetensors was fitted with rank 2 instead of 4: fit it anew"):
         DualAnoDiff.load(tmp_path, untrained)
     (tmp_path / "method.json").write_text(text.replace(untrained.digest, "0"))
     with pytest.raises(ValueError, match="another base model"):

@@ -1,0 +1,213 @@
+"""Two branches in one frozen UNet."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from defectlib.branches.compensation import Compensation
+from defectlib.branches.interaction import FoldedInteraction, Interaction
+from defectlib.branches.routing import BRANCHES, PROJECTIONS, FoldedLora, Route, lora
+
+
+class BranchProcessor(nn.Module):
+    """The attention processor of one layer: compensation, the stock attention, interaction.
+
+    Attributes:
+        folded: What acts in the place of ``interaction`` while drawing.
+        base_only: True while backgrounds go through the base model: neither module acts, and ``seen`` is noted.
+        apart: True where the branches are not to interact.
+        seen: The layer's input of the last background pass, where it has compensation.
+        background: What compensation reads, or None.
+    """
+
+    def __init__(self, interaction: Interaction | None, compensation: Compensation | None) -> None:
+        super().__init__()
+        self.interaction, self.compensation = interaction, compensation
+        self.folded: FoldedInteraction | None = None
+        self.base_only, self.apart, self.seen, self.background = False, False, None, None
+
+    def forward(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+    ) -> Tensor:
+        """Attention of ``hidden_states`` (2 N, L, C) to itself or to the text."""
+        itself = encoder_hidden_states is None
+        if self.base_only and itself and self.compensation is not None:
+            self.seen = hidden_states
+        elif self.background is not None and itself:
+            hidden_states, encoder_hidden_states = self.compensation(hidden_states, self.background)
+        output = AttnProcessor2_0()(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
+        if self.base_only or self.apart or self.interaction is None:
+            return output
+        return output + (self.folded or self.interaction)(output)
+
+
+class BranchUNet(nn.Module):
+    """A frozen UNet with two branches; what is trained is LoRA, SAIM and BCM.
+
+    Args:
+        unet: The base model's; a copy is changed, itself it is left alone.
+        rank: Of LoRA, whose scale is 1.
+        seed: Of all initial weights.
+        interaction: With SAIM.
+        compensation: With BCM.
+        released: SAIM and BCM as in the released code, where cross-attention carries an MLP that nothing reads.
+    """
+
+    def __init__(
+        self,
+        unet: UNet2DConditionModel,
+        rank: int,
+        seed: int,
+        *,
+        interaction: bool = True,
+        compensation: bool = False,
+        released: bool = False,
+    ) -> None:
+        super().__init__()
+        self.unet = copy.deepcopy(unet).requires_grad_(False)
+        self.route = Route()
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            # Adapters first, processors last: adding an adapter may reset processors (huggingface/diffusers#6966).
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Already found a `peft_config`")  # two adapters are what is wanted
+                for name in BRANCHES:
+                    self.unet.add_adapter(lora(rank, PROJECTIONS), name)
+            self.unet.set_adapter(list(BRANCHES))
+            self.unet.set_attn_processor({
+                f"{name}.processor": BranchProcessor(
+                    Interaction(layer.query_dim, zero=not released) if interaction else None,
+                    Compensation(layer.query_dim, released)
+                    if compensation and (released or not layer.is_cross_attention) else None,
+                )
+                for name, layer in self.unet.named_modules() if isinstance(layer, Attention)
+            })  # fmt: skip
+        self._loras = {name: layer for name, layer in self.unet.named_modules() if isinstance(layer, LoraLayer)}
+        for layer in self._loras.values():
+            layer.register_forward_pre_hook(self.route, with_kwargs=True)
+        self.to(unet.device)
+        self.check()
+
+    @property
+    def processors(self) -> list[BranchProcessor]:
+        """Of all attention layers."""
+        return [m.processor for m in self.unet.modules() if isinstance(m, Attention)]
+
+    def check(self) -> None:
+        """Raise RuntimeError where a layer lost its processor, or a projection its routed LoRA, to a helper call."""
+        lost = sum(not isinstance(processor, BranchProcessor) for processor in self.processors)
+        routed, wanted = [m for m in self.unet.modules() if isinstance(m, LoraLayer)], 4 * len(self.processors)
+        routed = [m for m in routed if self.route in m._forward_pre_hooks.values()]
+        if lost or len(routed) != wanted:
+            raise RuntimeError(
+                f"{lost} attention layers lost their processor, {len(routed)} of {wanted} projections have routed LoRA"
+            )
+        if any(set(m.active_adapters) != set(BRANCHES) for m in routed):
+            raise RuntimeError("one branch's LoRA is not active: it would be frozen, and left out of the prediction")
+
+    @torch.no_grad()
+    def background_features(self, latents: Tensor, timesteps: Tensor, text: Tensor) -> list[Tensor]:
+        """The self-attention inputs of backgrounds in the frozen base model, for BCM.
+
+        Args:
+            latents: Noisy latents of M backgrounds, (M, C, h, w).
+            timesteps: A scalar, or (M,).
+            text: (M, L, D).
+
+        Returns:
+            (M, L, C) for each layer that has compensation and is no cross-attention, in their order.
+        """
+        self._set(base_only=True)
+        try:
+            self.unet(latents, timesteps, text)
+            return [processor.seen for processor in self.processors if processor.seen is not None]
+        finally:
+            self._set(base_only=False)
+
+    def _set(self, *, base_only: bool) -> None:
+        self.route.base_only = base_only
+        for processor in self.processors:
+            processor.base_only, processor.seen, processor.background = base_only, None, None
+
+    def forward(
+        self, noisy: Tensor, timesteps: Tensor, text: Tensor, background: Sequence[Tensor] | None = None
+    ) -> Tensor:
+        """What both branches predict, (2 N, C, h, w).
+
+        Args:
+            noisy: Latents (2 N, C, h, w), the image branch first; row i and row N + i are a pair.
+            timesteps: A scalar, or (2 N,).
+            text: (2 N, L, D).
+            background: What :meth:`background_features` returned for M backgrounds; N is a multiple of M, and they
+                repeat as a whole.
+
+        Raises:
+            ValueError: The branches have BCM and no background is given, or the other way round; or the rows are odd.
+        """
+        if len(noisy) % 2:
+            raise ValueError(
+                f"{len(noisy)} rows are no pairs: give the image branch's, then as many of the part branch"
+            )
+        if not all(isinstance(processor, BranchProcessor) for processor in self.processors):
+            self.check()  # before the forward pass, which needs their attributes
+        reading = [p for m in self.unet.modules() if isinstance(m, Attention) and not m.is_cross_attention
+                   for p in [m.processor] if p.compensation is not None]  # fmt: skip
+        if len(background or []) != len(reading):
+            raise ValueError("a background is given exactly where the branches are fitted with background compensation")
+        for processor, seen in zip(reading, background or [], strict=True):
+            processor.background = seen  # kept after the call: gradient checkpointing computes the layer again
+        self.route.calls = 0
+        predicted = self.unet(noisy, timesteps, text).sample
+        if self.route.calls < len(self._loras):
+            self.check()
+            raise RuntimeError(f"{self.route.calls} of {len(self._loras)} projections routed their rows by branch")
+        return predicted
+
+    def fold(self) -> None:
+        """Multiply out what is constant while drawing; trained values that change later are not seen."""
+        self.check()
+        for name, layer in self._loras.items():
+            self.unet.set_submodule(name, FoldedLora(layer, self.route))
+        for processor in self.processors:
+            if processor.interaction is not None:
+                processor.folded = FoldedInteraction(processor.interaction)
+
+    def unfold(self) -> None:
+        """Back to the layers that are trained."""
+        for name, layer in self._loras.items():
+            self.unet.set_submodule(name, layer)
+        for processor in self.processors:
+            processor.folded = None
+
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """Within it the branches do not interact."""
+        try:
+            for processor in self.processors:
+                processor.apart = True
+            yield
+        finally:
+            for processor in self.processors:
+                processor.apart = False
+
+    def counts(self) -> dict[str, int]:
+        """How many parameters LoRA, SAIM and BCM have."""
+        parts = {"LoRA": ".lora_", "SAIM": ".interaction.", "BCM": ".compensation."}
+        return {
+            part: sum(value.numel() for name, value in self.named_parameters() if key in name)
+            for part, key in parts.items()
+        }
