@@ -25,7 +25,7 @@ def new_controlnet(base: Backbone, seed: int) -> ControlNetModel:
         net = ControlNetModel.from_unet(
             base.unet, conditioning_embedding_out_channels=(16, 32, 96, 256)[: halvings + 1]
         )
-    return net.to(base.device)
+    return net.to(base.device, memory_format=torch.channels_last)
 
 
 def denoising_loss(

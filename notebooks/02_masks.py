@@ -126,12 +126,13 @@ way.round(3)
 #
 # $$z_\alpha = \frac{\sin((1 - \alpha)\,\omega)}{\sin \omega}\, z_0 + \frac{\sin(\alpha\,\omega)}{\sin \omega}\, z_1$$
 #
-# A frame is kept where it has as many pieces as its endpoints (if they agree) and an area within half to twice the
-# interpolated one. Frames that are not kept are framed red. A latent frame that comes out black is refused and counted.
+# A frame is kept where it has as many pieces as its endpoints (where they differ, as many as the one, the other, or between)
+# and an area within half to twice the interpolated one. Frames that are not kept are framed red. A latent frame that comes
+# out black is refused and counted.
 
 # %%
 n_frames = min(interpolation.FRAMES, s.settings.sample.n_per_defect)
-n_pairs = min(2, s.settings.sample.n_per_defect // n_frames)
+n_pairs = 3
 forms = ("raster", "transport", "latent")
 
 

@@ -209,7 +209,7 @@ def count_pieces(mask: Tensor) -> int:
 
 
 def refusal(mask: Tensor, area: float, counts: Sequence[int]) -> str:
-    """Why a frame is not kept, "" if it is: its area, or its pieces where the endpoints agree on their number.
+    """Why a frame is not kept, "" if it is: its area, or more or fewer pieces than both endpoints have.
 
     Args:
         mask: The frame, bool (1, H, W).
@@ -220,7 +220,9 @@ def refusal(mask: Tensor, area: float, counts: Sequence[int]) -> str:
     if not KEEP[0] <= ratio <= KEEP[1]:
         return f"its area is {ratio:.2f} times the interpolated area"
     pieces = count_pieces(mask)
-    return f"it has {pieces} pieces instead of {counts[0]}" if counts[0] == counts[1] != pieces else ""
+    fewest, most = min(counts), max(counts)
+    wanted = str(most) if fewest == most else f"{fewest} to {most}"
+    return "" if fewest <= pieces <= most else f"it has {pieces} pieces instead of {wanted}"
 
 
 def flaws(mask: Tensor, allowed: Tensor, areas: tuple[float, float]) -> tuple[str, ...]:

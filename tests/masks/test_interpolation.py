@@ -239,6 +239,8 @@ def test_refusals_say_why():
     assert interpolation.refusal(box(8, 0, 0, 2, 2), 1.9 / 64, (1, 1)).startswith("its area is 2.11 times")
     torn = box(8, 0, 0, 2, 2) | box(8, 5, 5, 2, 2)
     assert interpolation.refusal(torn, 8 / 64, (1, 1)) == "it has 2 pieces instead of 1"
+    assert interpolation.refusal(torn, 8 / 64, (1, 3)) == ""
+    assert interpolation.refusal(torn, 8 / 64, (5, 3)) == "it has 2 pieces instead of 3 to 5"
     assert interpolation.refusal(torn, 8 / 64, (1, 2)) == "", "the endpoints do not agree"
 
 
