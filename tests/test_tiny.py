@@ -19,7 +19,7 @@ def tiny():
 def test_its_files_are_those_of_the_card_and_small():
     text = (FOLDER / "README.md").read_text()
     pinned = backbone.known()["tiny"]["sha256"]
-    assert set(pinned) == set(backbone.WEIGHT_FILES)
+    assert set(pinned) == set(backbone.files_of(FOLDER))
     for file, digest in pinned.items():
         assert paths.sha256(FOLDER / file) == digest and f"| `{file}` | `{digest}` |" in text
     assert sum(file.stat().st_size for file in FOLDER.rglob("*") if file.is_file()) <= 25e6

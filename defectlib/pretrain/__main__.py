@@ -43,7 +43,7 @@ def main() -> None:
     paths.write_text(options.out / "README.md", text)
     print(text)
     print("sha256 for defectlib/backbone/known.json:")
-    print(json.dumps({file: paths.sha256(options.out / file) for file in backbone.WEIGHT_FILES}, indent=2))
+    print(json.dumps({file: paths.sha256(options.out / file) for file in backbone.files_of(options.out)}, indent=2))
 
 
 if __name__ == "__main__":

@@ -9,8 +9,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from defectlib import paths
-from defectlib.backbone import WEIGHT_FILES, Backbone
+from defectlib import images, paths
+from defectlib.backbone import Backbone, files_of
 from defectlib.data import mini, world
 from defectlib.diffusion import denoise, noise_like, prompted
 from defectlib.pretrain import evidence, recipe
@@ -32,7 +32,7 @@ def mini_images(per_kind: int = 4) -> dict[str, Tensor]:
     for category, defects in mini.CATEGORIES.items():
         kinds = ["train/good", *(f"test/{defect}" for defect in defects)]
         found[category] = torch.stack([
-            mini.draw(category, kind, i, size=world.SIZE)[0] for kind in kinds for i in range(per_kind)
+            images.resize_image(mini.draw(category, kind, i)[0], world.SIZE) for kind in kinds for i in range(per_kind)
         ])  # fmt: skip
     return found
 
@@ -46,8 +46,10 @@ def draw(base: Backbone, prompts: Sequence[str], seeds: Sequence[int], steps: in
 CARD = """# Model card: tiny
 
 A latent diffusion model of {parameters:.1f} M parameters in Stable Diffusion 1.5's classes and folder layout, for
-images of 64 px, with which every method runs from end to end without a download. It draws surfaces, simple objects,
-marks on them, and silhouettes, of the world in `defectlib/data/world.py`; it is of no use as a picture generator.
+images of 64 px, with which every method runs from end to end without a download. Of the world in
+`defectlib/data/world.py` it draws silhouettes, parts on grey and surfaces so that a person names them; objects come out
+with ragged outlines, and a prompt decides tone and kind more than form (`03_backbone` shows it, with a prompt and
+without). It was trained on {seen:,} pictures in all, counted with repeats; it is of no use as a picture generator.
 
 ## Made by
 
@@ -63,7 +65,7 @@ Peak signal to noise ratio of what went through the autoencoder (float16 weights
 
 {psnr}
 
-## What it does not know
+## How far it is from `mini`
 
 `mini` is not in the world. Pixel AP of a localiser tested on real defects of `mini`, {defects} kinds a category, and
 trained (`demo` protocol, one seed) on what the base model draws into moved masks from the defect's prompt alone, on
@@ -74,8 +76,9 @@ trained (`demo` protocol, one seed) on what the base model draws into moved mask
 Relatives of four categories are in the world (blocks in bond, fibres, pebbles, rings), so zero-shot samples
 teach a part; what a method has to add is the distance from the first column to the second.
 
-Root mean square difference, in grey levels of 255, of `mini`'s defect images to the nearest picture that the model was
-trained on, and to the nearest other defect image of their category:
+Root mean square difference, in grey levels of 255, of `mini`'s defect images to the nearest other defect image of
+their category, to the nearest of as many pictures of the world (mean over {draws} draws), and to the nearest of all
+{trained:,} that the model was trained on; among that many one is near most pictures:
 
 {nearest}
 
@@ -105,7 +108,8 @@ def card(base: Backbone, pixels: Tensor, held_out: int, seed: int, folder: Path,
     rows = {"the world, held out": recipe.to_float(pixels[:held_out])}
     rows |= {f"mini, {name}": shown for name, shown in own.items()} | {"mini, all": torch.cat(list(own.values()))}
     kept = pd.DataFrame({"PSNR, dB": {name: reconstruction(base, shown) for name, shown in rows.items()}})
-    digests = {f"`{file}`": f"`{paths.sha256(folder / file)}`" for file in WEIGHT_FILES}
+    fits = (recipe.UNET_WARM_FIT, recipe.UNET_FIT, recipe.UNET_LAST_FIT)
+    digests = {f"`{file}`": f"`{paths.sha256(folder / file)}`" for file in files_of(folder)}
     modules = (base.vae, base.unet, base.text_encoder)
     return CARD.format(
         parameters=sum(p.numel() for module in modules for p in module.parameters()) / 1e6,
@@ -113,6 +117,7 @@ def card(base: Backbone, pixels: Tensor, held_out: int, seed: int, folder: Path,
         device=base.device.type.upper(),
         seed=seed, pictures=len(pixels), held_out=held_out, command=f"python -m defectlib.pretrain --seed {seed}",
         latent=" x ".join(map(str, base.latent_shape(world.SIZE))), defects=evidence.DEFECTS, shots=evidence.SHOTS,
+        seen=sum(one.steps * one.batch_size for one in fits), draws=evidence.DRAWS, trained=len(pixels) - held_out,
         psnr=_table("pictures", kept, 2), localisation=_table("category", evidence.localisation(base, work), 3),
         nearest=_table("category", evidence.nearest(pixels[held_out:]), 1),
         files=_table("file", pd.DataFrame({"sha256": digests})),

@@ -12,18 +12,21 @@ from torch import Tensor
 from defectlib import downstream, params, sampling
 from defectlib.backbone import Backbone
 from defectlib.data import mini, world
+from defectlib.images import resize_image, resize_mask
 from defectlib.masks.sources import SOURCES
 from defectlib.methods import base as methods
 from defectlib.metrics import regions
 from defectlib.types import Shot
 
 DEFECTS, SHOTS, TEST, NORMALS, SAMPLES = 2, 8, 12, 24, 24
+DRAWS = 200
 PROFILE = "demo"
 ZERO_SHOT = {"steps": 0, "guidance_scale": 3.0, "sae": False, "sff": False}
 
 
 def _pictures(category: str, kind: str, indices: range) -> list[tuple[Tensor, Tensor]]:
-    return [mini.draw(category, kind, i, size=world.SIZE) for i in indices]
+    drawn = [mini.draw(category, kind, i) for i in indices]
+    return [(resize_image(image, world.SIZE), resize_mask(mask, world.SIZE)) for image, mask in drawn]
 
 
 def localisation(model: Backbone, folder: Path, seed: int = 0) -> pd.DataFrame:
@@ -70,15 +73,19 @@ def nearest(pixels: Tensor) -> pd.DataFrame:
         pixels: The world's pictures, uint8 (n, 3, 64, 64).
 
     Returns:
-        A row a category: root mean square difference in grey levels of 255 to the nearest picture of the world, and to
-        the nearest other defect image of the category; means over its defect images.
+        A row a category: root mean square difference in grey levels of 255 to the nearest other defect image of the
+        category, to the nearest of as many pictures of the world (mean over ``DRAWS`` random choices), and to the
+        nearest of all of them; means over its defect images.
     """
-    rows = []
+    rows, rng = [], np.random.default_rng(0)
     for category, defects in mini.CATEGORIES.items():
         drawn = [image for d in defects for image, _ in _pictures(category, f"test/{d}", range(SHOTS))]
         own = (torch.stack(drawn).flatten(1) + 1) * 127.5
         scale = np.sqrt(own.shape[1])
-        far = torch.stack([torch.cdist(own, part.flatten(1).float()).min(1).values for part in pixels.split(2000)])
+        far = torch.cat([torch.cdist(own, part.flatten(1).float()) for part in pixels.split(2000)], 1)
         kin = torch.cdist(own, own).fill_diagonal_(torch.inf).min(1).values
-        rows.append([category, far.min(0).values.mean().item() / scale, kin.mean().item() / scale])
-    return pd.DataFrame(rows, columns=["category", "nearest of the world", "nearest of its own"]).set_index("category")
+        few = [rng.choice(len(pixels), min(len(own) - 1, len(pixels)), replace=False) for _ in range(DRAWS)]
+        equal = torch.stack([far[:, chosen].min(1).values for chosen in few])
+        rows.append([category, *(x.mean().item() / scale for x in (kin, equal, far.min(1).values))])
+    names = ("nearest of its own", "of as many of the world", "of all of the world")
+    return pd.DataFrame(rows, columns=["category", *names]).set_index("category")
