@@ -228,11 +228,17 @@ figure
 # %% [markdown]
 # ## What it draws
 #
-# The world's picture of each prompt, and what the base model draws for the same words from noise.
+# The world's picture of each prompt, what the base model draws for the same words from noise, and what it draws from the same
+# noise without a word. Surfaces and silhouettes can be named; objects come out with ragged outlines, and words decide tone
+# more than form. It was trained for hours on two cores; a GPU makes more of the same recipe (`make backbone`).
 
 # %%
-drawn = base.decode(own)
-figure = figures.sheet([[picture.image for picture in pictures], list(drawn)], row_labels=["world", "drawn"])
+start = diffusion.noise_like(range(len(prompts)), shape).to(base.device)
+unasked = diffusion.denoise(diffusion.prompted(base, [""]), start, base.scheduler, 30)
+figure = figures.sheet(
+    [[picture.image for picture in pictures], list(base.decode(own)), list(base.decode(unasked))],
+    row_labels=["world", "drawn", "drawn without\na prompt"],
+)
 figures.save(figure, folder, f"zero_shot_world_{s.category}")
 figure
 

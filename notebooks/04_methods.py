@@ -45,10 +45,11 @@ import torch
 from IPython.display import display
 
 from defectlib import attention, backbone, diffusion, params, sampling, stages, study
+from defectlib.branches import BRANCHES, PROMPTS, BranchUNet
 from defectlib.masks import alignment, saliency, sources, trimap
 from defectlib.masks import random as random_masks
 from defectlib.masks.extraction import extract
-from defectlib.methods import base, crop_paste, dualanodiff
+from defectlib.methods import base, crop_paste
 from defectlib.metrics import regions
 from defectlib.report import figures
 
@@ -373,9 +374,16 @@ figure
 #
 # No mask is asked for: the image and the *anomaly part*, the image times its mask on mid-grey, are drawn together, and the
 # mask is read off the part. Both go through one frozen UNet as two halves of one batch. Each half, or branch, has a LoRA of
-# its own; after every attention layer the two rows of a pair attend to each other at the same position (**SAIM**), a
-# softmax over two, which is a sigmoid; background compensation (**BCM**) lends the image branch the features of a background.
-# One model is trained for every defect.
+# its own. After every attention layer the rows $h_a$, $h_b$ of a pair attend to each other at the same position (**SAIM**),
+# with $u = W_i\,\mathrm{LN}(h)$; a softmax over two is a sigmoid $\sigma$:
+#
+# $$h_a \leftarrow h_a + W_o\left(v_b + \sigma\!\left(\tfrac{q_a \cdot (k_a - k_b)}{\sqrt{C}}\right)(v_a - v_b)\right),
+# \qquad q = W_q u,\; k = W_k u,\; v = W_v u$$
+#
+# Background compensation (**BCM**) makes keys and values of the image branch's self-attention of
+# $\varphi(z) + \gamma\,\mathrm{MLP}(\varphi(z_b))$, where $z_b$ is the image without its object, seen by the frozen base model
+# at the same noise level; notebook 8 shows it on objects. One model is trained for every defect, to predict the noise of
+# both branches.
 
 # %%
 record = stages.fit(s, "dualanodiff", seed)
@@ -465,6 +473,22 @@ else:
 # %% [markdown]
 # ### Interaction, on and off
 #
+# What SAIM adds before any training: nothing, because its last layer starts at zero. The released code starts with random
+# values and so disturbs the frozen model from its first step (`as_released()`).
+
+# %%
+start = diffusion.noise_like([0, 1], model.latent_shape(s.size)).to(model.device)
+text, t = model.embed(list(PROMPTS)), torch.tensor(500)
+with torch.no_grad():
+    plain = model.unet(start, t, text).sample
+    for released in (False, True):
+        untrained = BranchUNet(model.unet, pair.config.rank, 0, released=released)
+        apart = (untrained(start, t, text) - plain).norm() / plain.norm()
+        print(
+            f"{'as released' if released else 'here'}: untrained branches depart from the base model by {apart:.2f} of its norm"
+        )
+
+# %% [markdown]
 # The same fit and the same noise, with SAIM taken out while drawing: what is then drawn differently is what the branches tell
 # each other. (A model trained without it is a variant of notebook 8.)
 
@@ -482,8 +506,8 @@ figure
 # %% [markdown]
 # ### Where the words look (Fig. 3)
 #
-# Cross-attention's share of the rare words in each branch, averaged over layers, heads and steps of one drawing (as in
-# notebook 3, now after training); each map is stretched between its own extremes.
+# Cross-attention to "a vfx with" and to "sks" in each branch, the mean over the words' tokens, layers, heads and steps of one
+# drawing (as in notebook 3, now after training); each map is stretched between its own extremes, and its range is printed.
 
 # %%
 rows, labels = [], []
@@ -492,14 +516,16 @@ for r in wanted[-1:]:
     with attention.watched_text(pair.dual(r.defect).branches.unet) as looked:
         images, parts = pair.denoised([r])
     maps = attention.text_maps(looked, grid)
-    for k, (branch, prompt, drawn_one) in enumerate(zip(("image", "part"), dualanodiff.PROMPTS, (images[0], parts[0]))):
+    for k, (branch, prompt, drawn_one) in enumerate(zip(BRANCHES, PROMPTS, (images[0], parts[0]))):
         first = (2 * k + 1) * n if pair.config.guidance_scale > 1 else k * n  # rows without a prompt come before
         own = dict(backbone.words(model.tokenizer, prompt))
-        shown = [maps[first, own[word]].mean(0, keepdim=True) for word in ("vfx", "sks") if word in own]
-        shown = [enlarged((m - m.min()) / (m.max() - m.min()).clamp_min(1e-12)) for m in shown]
+        asked = {words: [i for w in words.split() if w in own for i in own[w]] for words in ("a vfx with", "sks")}
+        found = {words: maps[first, at].mean(0, keepdim=True) for words, at in asked.items() if at}
+        shown = [enlarged((m - m.min()) / (m.max() - m.min()).clamp_min(1e-12)) for m in found.values()]
+        print(f"{branch}: " + ", ".join(f"'{w}' {m.min():.4f} to {m.max():.4f}" for w, m in found.items()))
         rows.append([drawn_one, *[None] * (2 - len(shown)), *shown])
         labels.append(f"{r.defect}\n{branch}")
-figure = figures.sheet(rows, row_labels=labels, column_labels=["drawn", "vfx", "sks"], scale=128 / s.size)
+figure = figures.sheet(rows, row_labels=labels, column_labels=["drawn", "a vfx with", "sks"], scale=128 / s.size)
 figures.save(figure, folder, f"dualanodiff_attention_{s.category}")
 figure
 

@@ -137,7 +137,7 @@ else:
 # %% [markdown]
 # ## What it costs
 #
-# *Items* are the shots, and with `flips` also their mirror images and half turns; *passes* is how often each was seen.
+# *Items* are the shots, with `flips` also their mirror images and half turns, with `crops` also windows of them; *passes* is how often each was seen.
 # *Seconds* are the fit's own; the peak memory is this process's, or the GPU's where there is one.
 
 # %%
@@ -145,7 +145,7 @@ rows = []
 for (method, seed), record in records.items():
     config = s.config(method).model_dump()
     steps = sum(curve[-1][0] for curve in curves[method, seed].values() if curve)
-    items = len(s.shots(seed)) * (4 if config.get("flips") else 1)
+    items = len(s.shots(seed)) * (4 if config.get("flips") else 1) * (1 + config.get("crops", 0))
     seconds = next(row["value"] for row in record["metrics"] if row["metric"] == "fit_s")
     size = sum(file.stat().st_size for file in models[method, seed].rglob("*") if file.is_file()) / 2**20
     passes = steps * config.get("train_batch_size", 0) / items

@@ -96,18 +96,20 @@ numbers.round(3)
 # ### What was drawn again
 #
 # Before a mask reaches a method it is checked (empty, outside the foreground, an area no real defect has), and drawn again if
-# it fails, with a bound; a method that draws its own masks draws the pair again where the mask is empty or full. Both are
-# counted, and so are the masks that the hybrid source took from image space because latent space gave none.
+# it fails, with a bound; a method that draws its own masks draws the pair again where the mask is empty, full, or of a size
+# that no real one has. Both are counted, and so are the masks that the hybrid source took from image space because latent
+# space gave none. A pair that still has a flaw after the last drawing is kept, counted as bad, and left out of what
+# localisers learn from.
 
 # %%
 again = pd.DataFrame(
     [
-        [m, seed, row["metric"].replace("_", " "), int(row["value"]), row["protocol"]["n_generated"],
+        [m, seed, row.get("defect", "all"), row["metric"].replace("_", " "), int(row["value"]), row["protocol"]["n_generated"],
          ", ".join(f"{why} {n}" for why, n in row["protocol"].get("reasons", {}).items())]
         for (m, seed), record in records.items() for row in record["metrics"]
-        if row["metric"] in ("masks_refused", "pairs_redrawn")
+        if row["metric"] in ("masks_refused", "pairs_redrawn", "masks_copied")
     ],
-    columns=["method", "seed", "what", "times", "for pairs", "why"],
+    columns=["method", "seed", "defect", "what", "times", "for pairs", "why"],
 ).set_index(["method", "seed"])  # fmt: skip
 again
 
@@ -141,7 +143,7 @@ figure
 # nearest shot of its defect, in the features of the profile's extractor. Compared is a square around the defect, as large
 # as the largest shot needs, because the rest of the image differs from shot to shot anyway. **A large distance says that a
 # sample is drawn least like any real defect.** That need not be wrong (a new, good one is far from the shots too), so held-out
-# real defects stand in the same table, and the twelve farthest samples are shown, to be judged by eye.
+# real defects stand in the same table, and each method's twelve farthest samples are shown, to be judged by eye.
 
 # %%
 extract, seed = features.load(s.settings.quality.extractor), s.seeds[0]
@@ -159,24 +161,23 @@ distances = pd.concat(found, ignore_index=True)
 distances.groupby(["defect", "source"], sort=False)["distance"].describe()[["count", "min", "50%", "max"]].round(2)
 
 # %%
-worst = distances[distances["source"].isin(s.methods)].nlargest(12, "distance", keep="first")
-worst = worst.astype({"seed": int}).reset_index(drop=True)
-worst.index += 1
-pairs = [sampling.read_pair(s.folder(row.source, seed).path, row.seed) for row in worst.itertuples()]
-close = [shots[row.defect][row.shot] for row in worst.itertuples()]
+ranked = distances[distances["source"].isin(s.methods)].sort_values("distance", ascending=False, kind="stable")
+ranked = ranked.groupby("source").head(12).astype({"seed": int})
 rows, labels, outlines = [], [], []
-for first in range(0, len(pairs), 6):
-    drawn, real = pairs[first : first + 6], close[first : first + 6]
+for method in s.methods:
+    own = ranked[ranked["source"] == method]
+    drawn = [sampling.read_pair(s.folder(method, seed).path, row.seed) for row in own.itertuples()]
+    real = [shots[row.defect][row.shot] for row in own.itertuples()]
     rows += [[image for image, _ in drawn], [shot.image for shot in real]]
-    labels += [f"samples\n{first + 1} to {first + len(drawn)}", "nearest\nshots"]
+    labels += [layout.method_title(method), "nearest shots"]
     outlines += [[mask for _, mask in drawn], [shot.mask for shot in real]]
-listed = worst[["source", "defect", "seed", "distance"]]
-figure = figures.sheet(rows, row_labels=labels, outline_masks=outlines, scale=128 / s.size)
+listed = ranked[["source", "defect", "seed", "distance"]].reset_index(drop=True)
+figure = figures.sheet(rows, row_labels=labels, outline_masks=outlines, scale=max(1.0, 64 / s.size))
 figures.save(figure, folder, f"failures_{s.category}", listed)
 figure
 
 # %%
-listed.round(2).T
+listed.groupby(["source", "defect"], sort=False)["distance"].describe()[["count", "min", "max"]].round(2)
 
 # %% [markdown]
 # ## Explore
@@ -192,7 +193,7 @@ def explore(method, seed, defect, first):
     return figures.sheet([masks, images], row_labels=["mask", "drawn"], scale=128 / s.size)
 
 
-last = max(0, s.settings.sample.n_per_defect - 2)
+last = max(0, min(map(s.n_per_defect, s.methods)) - 2)
 ipywidgets.interactive(explore, method=list(s.methods), seed=list(s.seeds), defect=list(s.defects), first=(0, last))
 
 # %%
@@ -220,7 +221,6 @@ for (method, defect), row in numbers.iterrows():
     print(f"{method}, {defect}: mean area {row.mean_area:.3f}, change {row.change_inside:.0f} grey levels inside the mask, "
           f"at most {row.change_outside:.2g} outside.")  # fmt: skip
 for method, own in distances.groupby("source", sort=False):
-    among = (worst["source"] == method).sum()
-    print(f"{method}: median distance to the nearest shot {own['distance'].median():.2f}"
-          + (f", {among} of the {len(worst)} farthest samples." if method in s.methods else "."))  # fmt: skip
+    print(f"{method}: median distance to the nearest shot {own['distance'].median():.2f}, "
+          f"largest {own['distance'].max():.2f}.")  # fmt: skip
 print(s.stamp())

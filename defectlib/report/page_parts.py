@@ -39,6 +39,8 @@ CAPTIONS = {
     "dualanodiff_attention": "DualAnoDiff, as in its Fig. 3: cross-attention of the rare words in both branches.",
     "loss_curves": "The loss of every method that learns, over the steps of its fit.",
     "fig_5_ablation": "Every method with one part changed at a time, for the same seeds; masks outlined.",
+    "dualanodiff_fig_4": "As in DualAnoDiff Fig. 4: a normal image, the background that is read of it, and pairs "
+    "drawn by the models without and with background compensation.",
     "downstream": "Downstream models trained on the shots alone and on samples, tested on held-out real images.",
     "confusion": "Which defects the classifier confuses, summed over seeds.",
     "worst_misses": "The held-out defects that the localiser found least: image, truth, prediction.",
