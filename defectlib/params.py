@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from defectlib import paths
 
@@ -132,6 +132,13 @@ class Profile(Strict):
             if not name.startswith(f"{variant.of}_"):
                 raise ValueError(f"the variant '{name}' must be named {variant.of}_<what is changed>")
         return variants
+
+    @model_validator(mode="after")
+    def _numbers(self) -> Profile:
+        """A misspelt method would silently be drawn as often as the others."""
+        if unknown := sorted(set(self.sample.n_of) - set(self.methods)):
+            raise ValueError(f"sample.n_of names '{unknown[0]}', which is no method of the profile")
+        return self
 
     def variants_of(self, methods: Sequence[str]) -> list[str]:
         """The variants of these methods."""

@@ -32,7 +32,7 @@ SCHEMA = 1
 STAGES = ("fit", "sample", "quality", "downstream")
 ARTEFACTS = {
     "fit": ("model",),
-    "sample": ("images", "masks", "samples.csv"),
+    "sample": ("images", "masks", "parts", "samples.csv"),
     "quality": (),
     "downstream": ("predictions",),
 }

@@ -143,7 +143,7 @@ def read_pair(folder: Path, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def load(folder: Path, defect: str | None = None, limit: int | None = None) -> list[Sample]:
-    """The drawn samples of a run folder in the order of their seeds; ``limit`` counts per defect."""
+    """The drawn samples of a run folder in the order of their seeds, parts left out; ``limit`` counts per defect."""
     table = folder / "samples.csv"
     if not table.is_file():
         raise FileNotFoundError(f"{table} is missing: draw the samples first (notebook 06_generation)")
@@ -152,12 +152,13 @@ def load(folder: Path, defect: str | None = None, limit: int | None = None) -> l
         report = report[report["defect"] == defect]
     if limit is not None:
         report = report.groupby("defect", sort=False).head(limit)
-    samples = []
-    for row in report.astype({"category": str, "defect": str}).itertuples():
-        notes, part = images.read_notes(mask_file(folder, row.seed)), part_file(folder, row.seed)
-        part = images.read_image(part) if part.is_file() else None
-        samples.append(Sample(*read_pair(folder, row.seed), row.category, row.defect, row.seed, row.group, notes, part))
-    return samples
+    return [
+        Sample(
+            *read_pair(folder, row.seed), row.category, row.defect, row.seed, row.group,
+            images.read_notes(mask_file(folder, row.seed)),
+        )
+        for row in report.astype({"category": str, "defect": str}).itertuples()
+    ]  # fmt: skip
 
 
 def problems(report: pd.DataFrame) -> pd.DataFrame:

@@ -32,7 +32,8 @@ from defectlib.types import Shot
 SEEN = "mask_seen"
 # Below it the reader misses even most real defects, and what it says of drawn ones means nothing.
 SEEN_LEAST = 0.2
-COPY = 0.95
+# IoU from which a drawn mask counts as a shot's.
+COPIED_FROM = 0.95
 WITHHELD = ("accuracy", "f1_macro", "image_auroc", "image_ap", "pixel_auroc", "pixel_ap", "pixel_f1_50")
 
 
@@ -102,8 +103,9 @@ def sample(s: Study, method: str, seed: int) -> dict[str, Any]:
                 flaws = Counter(why for text in rows["redrawn_for"] for why in text.split("; ") if why)
                 kept = Counter(why for why in rows["flaw"] if why)
                 told = {"n_generated": len(rows), "reasons": dict(flaws), "kept_with": dict(kept)}
-                again = {"value": float(flaws.total()), "defect": defect, "protocol": told}
-                metrics.append({"metric": "pairs_redrawn", **again})
+                metrics.append(
+                    {"metric": "pairs_redrawn", "value": float(flaws.total()), "defect": defect, "protocol": told}
+                )
         if source is not None:
             reasons = {"n_generated": len(report), "reasons": dict(refused)}
             metrics.append({"metric": "masks_refused", "value": float(refused.total()), "protocol": reasons})
@@ -117,7 +119,7 @@ def sample(s: Study, method: str, seed: int) -> dict[str, Any]:
 
 def copied(mask: Tensor, real: Sequence[Tensor]) -> bool:
     """Whether a drawn mask, bool (1, H, W), is a shot's, as it is, mirrored or turned by half: an IoU above 0.95."""
-    return any((regions.mask_iou(mask[0], shot.flip(turn)[0]) or 0) > COPY for shot in real for turn in TURNS)
+    return any((regions.mask_iou(mask[0], shot.flip(turn)[0]) or 0) > COPIED_FROM for shot in real for turn in TURNS)
 
 
 def quality(s: Study, method: str, seed: int) -> dict[str, Any]:
@@ -134,7 +136,7 @@ def quality(s: Study, method: str, seed: int) -> dict[str, Any]:
     if (record := folder.complete("quality", key)) is not None:
         return record
     with runs.stage(folder, "quality", key, s.identity(method, seed), values, {"sample": upstream["key"]}) as metrics:
-        shots = s.shots(seed)
+        shots, held_out = s.shots(seed), s.held_out(seed)
         for defect in s.defects:
             refs = [shot.image for shot in shots if shot.defect == defect]
             drawn = sampling.load(folder.path, defect)
@@ -145,7 +147,7 @@ def quality(s: Study, method: str, seed: int) -> dict[str, Any]:
                 continue
             pictures, masks = sampling.stack(drawn)
             rows = quality_metrics.evaluate(list(pictures), s.real(defect, seed), refs, **s.quality_arguments())
-            rows.append({"metric": SEEN, **_lie(s, seed, defect, pictures, masks)})
+            rows.append({"metric": SEEN, **_mask_seen(s, seed, defect, held_out, pictures, masks)})
             metrics.extend({**row, "defect": defect} for row in rows)
     return folder.record("quality")
 
@@ -183,9 +185,9 @@ def seen(s: Study, seed: int, images: Tensor, masks: Tensor) -> list[float]:
     return [1.0 if value is None else value for value in values]
 
 
-def _lie(s: Study, seed: int, defect: str, images: Tensor, masks: Tensor) -> dict[str, Any]:
+def _mask_seen(s: Study, seed: int, defect: str, held_out: list, images: Tensor, masks: Tensor) -> dict[str, Any]:
     """Value and protocol of ``mask_seen``; withheld where the reader does not see real, held-out defects either."""
-    real = [(image, mask) for image, mask, name, _ in s.held_out(seed) if name == defect]
+    real = [(image, mask) for image, mask, name, _ in held_out if name == defect]
     known = float(np.mean(seen(s, seed, *map(torch.stack, zip(*real))))) if real else None
     told = {
         "n_generated": len(images), "n_real": len(real), "reader": "the localiser of the shots, above 0.5",
@@ -265,7 +267,7 @@ def _localisation(s: Study, folder: RunFolder, train: list, held_out: list, seed
     """Defect localisation, scored per pixel and per image (DefectSynth, Section V-A.2)."""
     settings = s.settings.downstream.localiser
     real, offered = isinstance(train[0], Shot), len(train)
-    # A drawn pair whose mask is empty or full would teach that its defect is none, or everywhere.
+    # A drawn pair whose mask is empty, full or of no real one's size would teach a defect that is none.
     train = [item for item in train if real or sampling.teaches(item)]
     if real:
         model, points = reader(s, seed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import json
@@ -211,14 +212,26 @@ def open_category(parameters: Parameters) -> Study:
         _config(settings, name)
     seeds = parameters.seeds or settings.seeds
     root = prepare.data_root(parameters)
-    if any(settings.variants[name].only for name in variants):
-        first = splits.normals(table, root, category, "train", settings.data.image_size, 1)
-        if not first or foreground(first[0]).all():
-            variants = [name for name in variants if settings.variants[name].only is None]
     names = (tuple(every), tuple(defects), tuple(methods), tuple(variants))
     s = Study(parameters, settings, root, category, *names, tuple(seeds))
+    of_objects = {name for name in variants if settings.variants[name].only}
+    if of_objects and not _shows_objects(s):
+        s = dataclasses.replace(s, variants=tuple(name for name in variants if name not in of_objects))
     _check(s, table[table["category"] == category])
     return s
+
+
+def _shows_objects(s: Study) -> bool:
+    """Whether all normals, and a shot of every defect, show a background beside their object; asked once a process."""
+    key = s.root, s.data_key(s.seeds[0])
+    if key not in _objects:
+        alone = {shot.defect for shot in s.shots(s.seeds[0]) if not foreground(shot.image).all()}
+        normals = s.normals(s.seeds[0])
+        _objects[key] = alone == set(s.defects) and not any(bool(foreground(image).all()) for image in normals)
+    return _objects[key]
+
+
+_objects: dict[tuple, bool] = {}
 
 
 def _check(s: Study, rows: pd.DataFrame) -> None:

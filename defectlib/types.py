@@ -85,4 +85,6 @@ class Sample:
 
     def __post_init__(self):
         check_image(self.image, f"sample {self.seed}")
+        if self.part is not None:
+            check_image(self.part, f"part of sample {self.seed}")
         check_mask(self.mask, self.image, f"mask of sample {self.seed}")

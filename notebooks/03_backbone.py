@@ -229,8 +229,8 @@ figure
 # ## What it draws
 #
 # The world's picture of each prompt, what the base model draws for the same words from noise, and what it draws from the same
-# noise without a word. Surfaces and silhouettes can be named; objects come out with ragged outlines, and words decide tone
-# more than form. It was trained for hours on two cores; a GPU makes more of the same recipe (`make backbone`).
+# noise without a word. `tiny` draws surfaces and blots rather than objects: outlines come out ragged, and words decide
+# tone and kind more than form.
 
 # %%
 start = diffusion.noise_like(range(len(prompts)), shape).to(base.device)

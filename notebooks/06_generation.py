@@ -44,7 +44,7 @@ figures_root = None
 import ipywidgets
 import pandas as pd
 
-from defectlib import params, sampling, stages, study
+from defectlib import images, params, sampling, stages, study
 from defectlib.metrics import features, nearest
 from defectlib.report import figures, layout, tables
 from defectlib.types import Shot
@@ -98,7 +98,7 @@ numbers.round(3)
 # Before a mask reaches a method it is checked (empty, outside the foreground, an area no real defect has), and drawn again if
 # it fails, with a bound; a method that draws its own masks draws the pair again where the mask is empty, full, or of a size
 # that no real one has. Both are counted, and so are the masks that the hybrid source took from image space because latent
-# space gave none. A pair that still has a flaw after the last drawing is kept, counted as bad, and left out of what
+# space gave none, and the drawn masks that are a shot's (an IoU above 0.95, turned or not). A pair that still has a flaw after the last drawing is kept, counted as bad, and left out of what
 # localisers learn from.
 
 # %%
@@ -129,9 +129,13 @@ for defect in s.defects:
     outlines += [[shot.mask for shot in real]]
     for method in s.methods:
         drawn = sampling.load(s.folder(method, s.seeds[0]).path, defect, limit=n)
-        rows += [[item.mask for item in drawn], [item.image for item in drawn]]
-        labels += [f"{defect}\nmask", f"{defect}\n{layout.method_title(method)}"]
-        outlines += [[None] * len(drawn), [None] * len(drawn)]
+        parts = [sampling.part_file(s.folder(method, s.seeds[0]).path, item.seed) for item in drawn]
+        parts = [images.read_image(file) for file in parts if file.is_file()]
+        shown = {"part": parts, "mask": [x.mask for x in drawn], layout.method_title(method): [x.image for x in drawn]}
+        for label, row in shown.items():
+            if row:
+                rows, labels = [*rows, row], [*labels, f"{defect}\n{label}"]
+                outlines.append([None] * len(row))
 figure = figures.sheet(rows, row_labels=labels, outline_masks=outlines, scale=128 / s.size)
 figures.save(figure, folder, f"fig_3_generated_{s.category}")
 figure
@@ -172,7 +176,7 @@ for method in s.methods:
     labels += [layout.method_title(method), "nearest shots"]
     outlines += [[mask for _, mask in drawn], [shot.mask for shot in real]]
 listed = ranked[["source", "defect", "seed", "distance"]].reset_index(drop=True)
-figure = figures.sheet(rows, row_labels=labels, outline_masks=outlines, scale=max(1.0, 64 / s.size))
+figure = figures.sheet(rows, row_labels=labels, outline_masks=outlines, scale=64 / s.size)
 figures.save(figure, folder, f"failures_{s.category}", listed)
 figure
 
@@ -216,7 +220,9 @@ layout.view(tables.build(study.results(p, [s.category]), "table_4"))
 bad = int(numbers["bad"].sum())
 for what, times in again.groupby("what")["times"].sum().items():
     print(f"{what}: {times}")
-print(f"{len(report)} pairs drawn; {bad} of them have an empty mask, a full mask, or nothing drawn inside it.")
+print(
+    f"{len(report)} pairs drawn; {bad} of them have a mask that is empty, full or of a size no real one has, or nothing drawn inside it."
+)
 for (method, defect), row in numbers.iterrows():
     print(f"{method}, {defect}: mean area {row.mean_area:.3f}, change {row.change_inside:.0f} grey levels inside the mask, "
           f"at most {row.change_outside:.2g} outside.")  # fmt: skip

@@ -126,17 +126,10 @@ figure
 # %%
 compensated = "dualanodiff_compensated"
 if compensated in s.variants:
-    n, seed = s.n_per_defect(compensated), s.seeds[0]
+    seed, group = s.seeds[0], s.settings.sample.group_size
+    n = min(2 * group, s.n_per_defect(compensated))
     plan = sampling.plan(
-        s.shots(seed),
-        s.normals(seed),
-        n,
-        None,
-        seed,
-        s.prompts(),
-        s.all_defects,
-        s.settings.sample.group_size,
-        one_normal_a_group=True,
+        s.shots(seed), s.normals(seed), n, None, seed, s.prompts(), s.all_defects, group, one_normal_a_group=True
     )
     own = [r for r in plan if r.defect in s.defects and r.seed == r.group]
     read = [sampling.read_pair(s.folder(m, seed).path, r.seed) for m in ("dualanodiff", compensated) for r in own]
@@ -177,7 +170,7 @@ for name in s.variants:
     seen = len(apart) >= 3 and (apart.gt(0).all() or apart.lt(0).all())
     print(f"{name}: KID x 1000 {apart.mean():+.1f} against {v.of} ({', '.join(f'{x:+.1f}' for x in apart)}): "
           f"{'a difference' if seen else 'not decided'}.")  # fmt: skip
-    lie = mean.get(stages.SEEN, pd.Series(dtype=float)).reindex([name, v.of])
-    if lie.notna().all():
-        print(f"  masks on what a localiser of the shots finds: IoU {lie.iloc[0]:.2f} against {lie.iloc[1]:.2f}.")
+    on_defect = mean.get(stages.SEEN, pd.Series(dtype=float)).reindex([name, v.of])
+    if on_defect.notna().all():
+        print("  masks on what a localiser of the shots finds: IoU {:.2f} against {:.2f}.".format(*on_defect))
 print(s.stamp())

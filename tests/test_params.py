@@ -85,3 +85,10 @@ def test_a_variant_is_named_after_its_method():
     wrong = values | {"variants": {"without_sae": {"of": "defectsynth", "config": {"sae": False}}}}
     with pytest.raises(ValidationError, match="must be named defectsynth_<what is changed>"):
         params.Profile(**wrong)
+
+
+def test_another_number_is_drawn_of_methods_that_are_there():
+    values = params.load_yaml(params.paths.PARAMS / "profiles" / "smoke.yaml")
+    wrong = values | {"sample": values["sample"] | {"n_of": {"dualanodif": 3}}}
+    with pytest.raises(ValidationError, match="names 'dualanodif', which is no method of the profile"):
+        params.Profile(**wrong)

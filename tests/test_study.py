@@ -3,6 +3,7 @@ import json
 import shutil
 
 import pytest
+import torch
 
 from defectlib import params, paths, stages, study
 
@@ -103,3 +104,20 @@ def test_a_variant_for_objects_is_left_out_where_the_surface_fills_the_frame(tin
     for category, has in (("gear", True), ("brick", False)):
         s = study.open_category(tiny_parameters.model_copy(update={"category": category}))
         assert ("dualanodiff_compensated" in s.variants) is has and "dualanodiff_no_interaction" in s.variants
+
+
+def test_a_method_may_be_drawn_another_number_of_times(tiny_parameters, monkeypatch):
+    s = study.open_category(tiny_parameters)
+    asked = s.settings.sample.model_copy(update={"n_of": {"dualanodiff": 3}})
+    other = dataclasses.replace(s, settings=s.settings.model_copy(update={"sample": asked}))
+    assert other.n_per_defect("dualanodiff") == other.n_per_defect("dualanodiff_no_interaction") == 3
+    assert other.n_per_defect("crop_paste") == s.n_per_defect("dualanodiff") == s.settings.sample.n_per_defect
+
+
+def test_objects_of_which_one_normal_shows_no_background_have_no_variant_that_needs_it(tiny_parameters, monkeypatch):
+    gear = tiny_parameters.model_copy(update={"category": "gear"})
+    assert "dualanodiff_compensated" in study.open_category(gear).variants
+    monkeypatch.setattr(study, "_objects", {})
+    real, noise = study.Study.normals, torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    monkeypatch.setattr(study.Study, "normals", lambda s, seed=0: [*real(s, seed), noise])
+    assert "dualanodiff_compensated" not in study.open_category(gear).variants

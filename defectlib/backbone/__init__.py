@@ -228,7 +228,7 @@ def load(name: str, device: str | None = None) -> Backbone:
     parts = [pipeline.vae, pipeline.unet, pipeline.text_encoder]
     for part in parts:
         part.to(device).eval().requires_grad_(False)
-    for part in (pipeline.vae, pipeline.unet):  # convolutions are a sixth faster (benchmarks/training_step.py)
+    for part in (pipeline.vae, pipeline.unet):  # the faster layout for convolutions
         part.to(memory_format=torch.channels_last)
     # The schedule is the model's own; clipping x_0 is for pixels, and Stable Diffusion's file does not ask for it.
     scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)

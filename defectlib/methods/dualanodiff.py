@@ -131,8 +131,8 @@ class DualAnoDiff:
         """Train one model a defect; its prompts are the paper's, so ``prompts`` changes nothing.
 
         Raises:
-            ValueError: There is no shot, a shot's mask covers the whole image, or compensation is asked for where no
-                shot of a defect, or not every normal, has a background.
+            ValueError: There is no shot, a shot's mask covers the whole image or most of its border, or compensation
+                is asked for where no shot of a defect, or not every normal, has a background.
         """
         if not shots:
             raise ValueError("DualAnoDiff needs at least one shot of a defect to learn from")
@@ -140,6 +140,12 @@ class DualAnoDiff:
             raise ValueError(
                 f"the mask of shot {full[0].defect}/{full[0].id} covers the whole image: its part would be the image; "
                 "remove the pair or correct the mask"
+            )
+        unread = [shot for shot in shots if extract(shot.image * shot.mask, self.config.floor).by == "border"]
+        if unread:
+            raise ValueError(
+                f"the mask of shot {unread[0].defect}/{unread[0].id} covers most of the image's border: no mask can be "
+                "read off such a part; remove the pair or cut a larger window"
             )
         self.backbone.latent_shape(shots[0].image.shape[-1])
         by_defect = {d: [shot for shot in shots if shot.defect == d] for d in dict.fromkeys(s.defect for s in shots)}

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 CAPTIONS = {
     "fig_3_generated": "Real, mask, generated, as in DefectSynth Figs. 3 and 4: every defect's real images with "
     "outlined masks, the drawn masks, and what each method drew for them.",
-    "failures": "The twelve samples farthest from every shot of their defect, over all methods, and below each the "
-    "nearest shot, masks outlined, the farthest first.",
+    "failures": "Each method's twelve samples that are farthest from every shot of their defect, the farthest first, "
+    "and below each the nearest shot, masks outlined.",
     "fig_1_starting_point": "The starting point, as in DefectSynth Fig. 1: normal images, and all that a method may "
     "see of each defect; red outlines are the masks.",
     "mask_area": "How large the defects are: a dot is one real mask, the bar its defect's mean; DefectSynth "
@@ -36,7 +36,7 @@ CAPTIONS = {
     "dualanodiff_pairs": "DualAnoDiff, as in its Fig. 5: the drawn image, its anomaly part, the part's departure from "
     "grey, the mask read off it, and the mask on the image.",
     "dualanodiff_interaction": "DualAnoDiff: the same noise with interaction (SAIM) and with it taken out.",
-    "dualanodiff_attention": "DualAnoDiff, as in its Fig. 3: cross-attention of the rare words in both branches.",
+    "dualanodiff_attention": "DualAnoDiff, as in its Fig. 3: cross-attention to the prompts' words in both branches.",
     "loss_curves": "The loss of every method that learns, over the steps of its fit.",
     "fig_5_ablation": "Every method with one part changed at a time, for the same seeds; masks outlined.",
     "dualanodiff_fig_4": "As in DualAnoDiff Fig. 4: a normal image, the background that is read of it, and pairs "
@@ -50,7 +50,7 @@ CAPTIONS = {
     "schedule": "The noise schedule: how much signal and noise the latents hold at each timestep.",
     "dualanodiff_fig_3_noising": "One shot, noised to several timesteps, and what the base model takes it for.",
     "denoising_loop": "The denoising loop: the predicted image along the way.",
-    "zero_shot_world": "Pictures of the base model's own world, and what it draws for their prompts.",
+    "zero_shot_world": "Pictures of the base model's own world, what it draws for their prompts, and without any.",
     "inversion": "Real defects inverted to noise and drawn back: plainly in few and many steps, and solved.",
     "attention_words": "Where the words of a prompt are read: cross-attention maps of the base model.",
     "dualanodiff_fig_3_attention": "As in DualAnoDiff Fig. 3: what the base model draws for the rare words of its two "

@@ -227,6 +227,10 @@ def test_bad_input_is_one_sentence(untrained, fit, tmp_path):
     full = Shot(SHOTS[0].image, torch.ones_like(SHOTS[0].mask), "plate", "hole", "007")
     with pytest.raises(ValueError, match="hole/007 covers the whole image"):
         method.fit([*SHOTS, full], [], prompts={}, seed=0, workdir=tmp_path)
+    ring = torch.ones(1, 64, 64, dtype=torch.bool)
+    ring[0, 8:56, 8:56] = False
+    with pytest.raises(ValueError, match="hole/008 covers most of the image's border"):
+        method.fit([Shot(SHOTS[0].image, ring, "plate", "hole", "008")], [], prompts={}, seed=0, workdir=tmp_path)
     noise = torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(0))
     surface = Shot(noise, SHOTS[0].mask, "brick", "hole", "0")
     with pytest.raises(ValueError, match="in the shots of brick/hole the surface fills the frame"):
