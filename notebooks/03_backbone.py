@@ -238,6 +238,7 @@ unasked = diffusion.denoise(diffusion.prompted(base, [""]), start, base.schedule
 figure = figures.sheet(
     [[picture.image for picture in pictures], list(base.decode(own)), list(base.decode(unasked))],
     row_labels=["world", "drawn", "drawn without\na prompt"],
+    scale=128 / s.size,
 )
 figures.save(figure, folder, f"zero_shot_world_{s.category}")
 figure

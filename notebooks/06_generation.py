@@ -116,8 +116,9 @@ again
 # %% [markdown]
 # ## Real, mask, generated
 #
-# For every defect: real images with their masks outlined, then for each method the masks and what was drawn for them. The
-# drawn ones carry no outline: whether a defect is seen without one is the question.
+# For every defect: real images with their masks outlined, then for each method the masks and what was drawn for them. These
+# carry no outline: whether a defect is seen without one is the question. Where a method draws its masks itself, the anomaly
+# parts stand in their place, and the masks read off them are outlined.
 
 # %%
 rows, labels, outlines = [], [], []
@@ -131,11 +132,9 @@ for defect in s.defects:
         drawn = sampling.load(s.folder(method, s.seeds[0]).path, defect, limit=n)
         parts = [sampling.part_file(s.folder(method, s.seeds[0]).path, item.seed) for item in drawn]
         parts = [images.read_image(file) for file in parts if file.is_file()]
-        shown = {"part": parts, "mask": [x.mask for x in drawn], layout.method_title(method): [x.image for x in drawn]}
-        for label, row in shown.items():
-            if row:
-                rows, labels = [*rows, row], [*labels, f"{defect}\n{label}"]
-                outlines.append([None] * len(row))
+        rows += [parts or [item.mask for item in drawn], [item.image for item in drawn]]
+        labels += [f"{defect}\n{'part' if parts else 'mask'}", f"{defect}\n{layout.method_title(method)}"]
+        outlines += [[None] * len(drawn), [item.mask if parts else None for item in drawn]]
 figure = figures.sheet(rows, row_labels=labels, outline_masks=outlines, scale=128 / s.size)
 figures.save(figure, folder, f"fig_3_generated_{s.category}")
 figure
@@ -147,7 +146,8 @@ figure
 # nearest shot of its defect, in the features of the profile's extractor. Compared is a square around the defect, as large
 # as the largest shot needs, because the rest of the image differs from shot to shot anyway. **A large distance says that a
 # sample is drawn least like any real defect.** That need not be wrong (a new, good one is far from the shots too), so held-out
-# real defects stand in the same table, and each method's twelve farthest samples are shown, to be judged by eye.
+# real defects stand in the same table, and the twelve farthest samples of each method that learns are shown, to be judged by
+# eye.
 
 # %%
 extract, seed = features.load(s.settings.quality.extractor), s.seeds[0]
@@ -165,10 +165,11 @@ distances = pd.concat(found, ignore_index=True)
 distances.groupby(["defect", "source"], sort=False)["distance"].describe()[["count", "min", "50%", "max"]].round(2)
 
 # %%
-ranked = distances[distances["source"].isin(s.methods)].sort_values("distance", ascending=False, kind="stable")
+learning = [method for method in s.methods if s.method_of(method).needs_backbone] or list(s.methods)
+ranked = distances[distances["source"].isin(learning)].sort_values("distance", ascending=False, kind="stable")
 ranked = ranked.groupby("source").head(12).astype({"seed": int})
 rows, labels, outlines = [], [], []
-for method in s.methods:
+for method in learning:
     own = ranked[ranked["source"] == method]
     drawn = [sampling.read_pair(s.folder(method, seed).path, row.seed) for row in own.itertuples()]
     real = [shots[row.defect][row.shot] for row in own.itertuples()]
