@@ -132,7 +132,7 @@ way.round(3)
 
 # %%
 n_frames = min(interpolation.FRAMES, s.settings.sample.n_per_defect)
-n_pairs = 3
+n_pairs = 2
 forms = ("raster", "transport", "latent")
 
 
