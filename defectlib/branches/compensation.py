@@ -27,14 +27,16 @@ class Compensation(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, self.WIDTH), between, nn.Linear(self.WIDTH, width))
         self.gamma = nn.Parameter(torch.tensor(0.0 if released else self.GAMMA))
 
-    def forward(self, hidden: Tensor, background: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, hidden: Tensor, background: Tensor, gate: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """What queries and what keys and values are made of, each (2 N, L, C).
 
         Args:
             hidden: The layer's input, (2 N, L, C); the second half, the part branch, is left as it is.
             background: z_b, (M, L, C) with N a multiple of M; they repeat as a whole.
+            gate: Multiplies what is added, (N, 1, 1); None: one.
         """
         image, part = hidden.chunk(2)
         added = self.gamma * self.mlp(background).repeat(len(image) // len(background), 1, 1)
+        added = added if gate is None else gate * added
         kept = (1 - self.gamma) * image if self.released else image
         return hidden, torch.cat([kept + added, part])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,26 +24,14 @@ class Dual(nn.Module):
         base: Copied where it is changed.
         rank: Of all LoRA.
         seed: Of all initial weights.
-        interaction: With SAIM.
-        compensation: With BCM.
-        released: SAIM and BCM as in the released code.
         checkpointing: Compute layers again for their gradients, to save memory.
+        parts: What the branches have, see :class:`BranchUNet`.
     """
 
-    def __init__(
-        self,
-        base: Backbone,
-        rank: int,
-        seed: int,
-        *,
-        interaction: bool = True,
-        compensation: bool = False,
-        released: bool = False,
-        checkpointing: bool = False,
-    ) -> None:
+    def __init__(self, base: Backbone, rank: int, seed: int, *, checkpointing: bool = False, **parts: Any) -> None:
         super().__init__()
         self.branches = BranchUNet(
-            base.unet, rank, seed, interaction=interaction, compensation=compensation, released=released
+            base.unet, rank, seed, num_train_timesteps=base.scheduler.config.num_train_timesteps, **parts
         )
         self.text_encoder = copy.deepcopy(base.text_encoder).requires_grad_(False)
         projections = ["q_proj", "k_proj", "v_proj", "out_proj"]
@@ -72,18 +61,18 @@ class Dual(nn.Module):
         own = dict(zip(self.names, self.trained, strict=True))
         if {name: value.shape for name, value in state.items()} == {name: value.shape for name, value in own.items()}:
             return
-        ranks = {len(value) for name, value in state.items() if ".lora_A." in name}
-        wanted = {len(value) for name, value in own.items() if ".lora_A." in name}
-        what = "other parts (SAIM, BCM) or another base model"
+        ranks = {len(value) for name, value in state.items() if ".lora_A." in name and ".departure" not in name}
+        wanted = {len(value) for name, value in own.items() if ".lora_A." in name and ".departure" not in name}
+        what = "other parts (SAIM, BCM, classes, gates) or another base model"
         if ranks != wanted:
             what = f"rank {', '.join(map(str, sorted(ranks)))} instead of {', '.join(map(str, wanted))}"
         raise ValueError(f"{source} was fitted with {what}: fit it anew")
 
-    def load_trained(self, state: State) -> None:
-        """Set what is trained to what :meth:`trained_state` held, ready to draw."""
+    def load_trained(self, state: State, classes: Tensor | None = None) -> None:
+        """Set what is trained to what :meth:`trained_state` held, ready to draw this class, see ``BranchUNet.fold``."""
         self.expect(state)
         self.branches.unfold()
         with torch.no_grad():
             for name, value in zip(self.names, self.trained, strict=True):
                 value.copy_(state[name])
-        self.branches.fold()
+        self.branches.fold(classes)

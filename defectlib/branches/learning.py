@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,6 +15,20 @@ from defectlib.diffusion import noised
 from defectlib.images import TURNS, resize_image, resize_mask
 from defectlib.masks.trimap import foreground
 from defectlib.types import Shot
+
+
+class Pictures(NamedTuple):
+    """What two branches learn from, row by row.
+
+    Attributes:
+        shown: "image", "part" and, where asked for, "background", float (N, 3, H, W) each.
+        masks: bool (N, 1, H, W).
+        of_shot: Which shot each row shows, (N,).
+    """
+
+    shown: dict[str, Tensor]
+    masks: Tensor
+    of_shot: Tensor
 
 
 def background(image: Tensor) -> Tensor:
@@ -47,8 +62,8 @@ def training_pictures(
     crops: int = 0,
     crop_side: float = 0.8,
     backgrounds: bool = False,
-) -> dict[str, Tensor]:
-    """What is learned from: "image", "part" and, where asked for, "background", (N, 3, H, W) each, row by row.
+) -> Pictures:
+    """What is learned from, each shot in several forms.
 
     Args:
         shots: Of one fit.
@@ -59,6 +74,7 @@ def training_pictures(
         backgrounds: With the images without their objects.
     """
     pictures: dict[str, list[Tensor]] = {"image": [], "part": []} | ({"background": []} if backgrounds else {})
+    masks = []
     for k in range(1 + crops):
         for i, shot in enumerate(shots):
             size, box = shot.image.shape[-1], (slice(None), slice(None))
@@ -66,14 +82,28 @@ def training_pictures(
                 box = crop_box(shot.mask, crop_side, np.random.default_rng([seed, i, k]))
             image = resize_image(shot.image[:, *box], size)
             pictures["image"].append(image)
-            pictures["part"].append(image * resize_mask(shot.mask[:, *box], size))
+            masks.append(resize_mask(shot.mask[:, *box], size))
+            pictures["part"].append(image * masks[-1])
             if backgrounds:  # the object is found in the whole image: a crop may have no border
                 pictures["background"].append(image * ~resize_mask(foreground(shot.image)[:, *box], size))
     turns = TURNS if flips else TURNS[:1]
-    return {name: torch.cat([torch.stack(some).flip(turn) for turn in turns]) for name, some in pictures.items()}
+
+    def turned(some: Sequence[Tensor]) -> Tensor:
+        return torch.cat([torch.stack(list(some)).flip(turn) for turn in turns])
+
+    of_shot = torch.arange(len(shots)).repeat((1 + crops) * len(turns))
+    return Pictures({name: turned(some) for name, some in pictures.items()}, turned(masks), of_shot)
 
 
-def dual_loss(dual: Dual, base: Backbone, clean: dict[str, Tensor], generator: torch.Generator) -> Tensor:
+def dual_loss(
+    dual: Dual,
+    base: Backbone,
+    clean: dict[str, Tensor],
+    generator: torch.Generator,
+    *,
+    classes: Tensor | None = None,
+    weigh: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
     """What a training step minimises: the mean over both branches of the base's own loss, eps-MSE in the paper.
 
     Args:
@@ -81,6 +111,8 @@ def dual_loss(dual: Dual, base: Backbone, clean: dict[str, Tensor], generator: t
         base: Its noise schedule and its empty prompt are used.
         clean: x_0 of "image" and "part", and with compensation of "background", (N, C, h, w) each.
         generator: A CPU generator: timesteps, one a pair, then the noise of each branch.
+        classes: Of the pairs, where the branches have class-dependent coefficients.
+        weigh: Timesteps (N,) to weights of the squared errors, (N, 1, h, w), alike in both branches; None: one.
     """
     scheduler, n = base.scheduler, len(clean["image"])
     timesteps = torch.randint(scheduler.config.num_train_timesteps, (n,), generator=generator)
@@ -91,5 +123,6 @@ def dual_loss(dual: Dual, base: Backbone, clean: dict[str, Tensor], generator: t
     if "background" in rows:
         features = dual.branches.background_features(rows["background"][0], timesteps, base.embed([""] * n))
     text = dual.text()[:2].repeat_interleave(n, 0)
-    predicted = dual.branches(noisy, timesteps.repeat(2), text, features)
-    return (predicted.float() - target).square().mean()
+    predicted = dual.branches(noisy, timesteps.repeat(2), text, features, classes)
+    errors = (predicted.float() - target).square()
+    return errors.mean() if weigh is None else (weigh(timesteps).repeat(2, 1, 1, 1) * errors).mean()

@@ -7,6 +7,8 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from defectlib.branches.classes import ClassScaled
+
 PROJECTIONS = ["to_q", "to_k", "to_v", "to_out.0"]
 BRANCHES = ("image", "part")
 BASE = "__base__"
@@ -34,14 +36,20 @@ class Route:
 
 
 class FoldedLora(nn.Module):
-    """A projection for drawing, its LoRA added to the weights of each branch."""
+    """A projection for drawing, its LoRA added to the weights of each branch.
+
+    Args:
+        layer: peft's, with both branches' adapters.
+        route: Of the model.
+        classes: Of all that is drawn, (1,) or (1, K), where the LoRA has class-dependent coefficients; None: without.
+    """
 
     @torch.no_grad()
-    def __init__(self, layer: LoraLayer, route: Route) -> None:
+    def __init__(self, layer: LoraLayer, route: Route, classes: Tensor | None = None) -> None:
         super().__init__()
         self.layer, self.route = layer, route
         base = layer.get_base_layer()
-        weights = torch.stack([base.weight + layer.get_delta_weight(name) for name in BRANCHES])
+        weights = torch.stack([base.weight + _delta(layer, name, classes) for name in BRANCHES])
         self.register_buffer("weights", weights.transpose(1, 2).contiguous(), persistent=False)
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -53,6 +61,15 @@ class FoldedLora(nn.Module):
         bias = torch.zeros((), dtype=hidden.dtype, device=hidden.device) if base.bias is None else base.bias
         projected = torch.baddbmm(bias, hidden.unflatten(0, (2, -1)).flatten(1, 2), self.weights)
         return projected.view(*hidden.shape[:-1], -1)
+
+
+def _delta(layer: LoraLayer, name: str, classes: Tensor | None) -> Tensor:
+    """(alpha / r) B diag(s_c) A of one adapter; B A where classes have no coefficients."""
+    down = layer.lora_A[name]
+    if classes is None or not isinstance(down, ClassScaled):
+        return layer.get_delta_weight(name)
+    scale = down.of_rows(classes.to(down.weight.device))[0]
+    return layer.scaling[name] * (layer.lora_B[name].weight * scale) @ down.weight
 
 
 def lora(rank: int, projections: list[str]) -> LoraConfig:

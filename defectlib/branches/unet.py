@@ -13,13 +13,15 @@ from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from defectlib.branches.classes import START, ClassScaled, Rows
 from defectlib.branches.compensation import Compensation
+from defectlib.branches.gates import Gates, Schedule
 from defectlib.branches.interaction import FoldedInteraction, Interaction
 from defectlib.branches.routing import BRANCHES, PROJECTIONS, FoldedLora, Route, lora
 
 
 class BranchProcessor(nn.Module):
-    """The attention processor of one layer: compensation, the stock attention, interaction.
+    """The attention processor of one layer: compensation, the stock attention, interaction, each with its gate.
 
     Attributes:
         folded: What acts in the place of ``interaction`` while drawing.
@@ -27,11 +29,15 @@ class BranchProcessor(nn.Module):
         apart: True where the branches are not to interact.
         seen: The layer's input of the last background pass, where it has compensation.
         background: What compensation reads, or None.
+        tau: The rows' shares of noise, (2 N,), where there are gates.
     """
 
-    def __init__(self, interaction: Interaction | None, compensation: Compensation | None) -> None:
+    def __init__(
+        self, interaction: Interaction | None, compensation: Compensation | None, gates: Gates | None = None
+    ) -> None:
         super().__init__()
-        self.interaction, self.compensation = interaction, compensation
+        self.interaction, self.compensation, self.gates = interaction, compensation, gates
+        self.tau: Tensor | None = None
         self.folded: FoldedInteraction | None = None
         self.base_only, self.apart, self.seen, self.background = False, False, None, None
 
@@ -45,14 +51,17 @@ class BranchProcessor(nn.Module):
     ) -> Tensor:
         """Attention of ``hidden_states`` (2 N, L, C) to itself or to the text."""
         itself = encoder_hidden_states is None
+        gates = None if self.gates is None or self.base_only else self.gates(self.tau)[..., None, None]
         if self.base_only and itself and self.compensation is not None:
             self.seen = hidden_states
         elif self.background is not None and itself:
-            hidden_states, encoder_hidden_states = self.compensation(hidden_states, self.background)
+            of_background = None if gates is None else gates[0, : len(hidden_states) // 2]
+            hidden_states, encoder_hidden_states = self.compensation(hidden_states, self.background, of_background)
         output = AttnProcessor2_0()(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
-        if self.base_only or self.apart or self.interaction is None:
-            return output
-        return output + (self.folded or self.interaction)(output)
+        if not (self.base_only or self.apart or self.interaction is None):
+            added = (self.folded or self.interaction)(output)
+            output = output + (added if gates is None else gates[1] * added)
+        return output if gates is None else gates[2] * output
 
 
 class BranchUNet(nn.Module):
@@ -65,6 +74,11 @@ class BranchUNet(nn.Module):
         interaction: With SAIM.
         compensation: With BCM.
         released: SAIM and BCM as in the released code, where cross-attention carries an MLP that nothing reads.
+        classes: With class-dependent coefficients in every LoRA (CSB-LoRA), for this many classes; 0: without.
+        blocks: Coefficients a class and LoRA, see ``ClassScaled``.
+        start: Their standard deviation at the start.
+        gates: With gates over the denoising (TDAM) of this schedule; None: without.
+        num_train_timesteps: T of tau = t / T.
     """
 
     def __init__(
@@ -76,8 +90,14 @@ class BranchUNet(nn.Module):
         interaction: bool = True,
         compensation: bool = False,
         released: bool = False,
+        classes: int = 0,
+        blocks: int | None = None,
+        start: float = START,
+        gates: Schedule | None = None,
+        num_train_timesteps: int = 1000,
     ) -> None:
         super().__init__()
+        self.rows, self.num_train_timesteps = Rows(), num_train_timesteps
         self.unet = copy.deepcopy(unet).requires_grad_(False)
         self.route = Route()
         with torch.random.fork_rng():
@@ -93,12 +113,17 @@ class BranchUNet(nn.Module):
                     Interaction(layer.query_dim, zero=not released) if interaction else None,
                     Compensation(layer.query_dim, released)
                     if compensation and (released or not layer.is_cross_attention) else None,
+                    Gates(gates) if gates else None,
                 )
                 for name, layer in self.unet.named_modules() if isinstance(layer, Attention)
             })  # fmt: skip
         self._loras = {name: layer for name, layer in self.unet.named_modules() if isinstance(layer, LoraLayer)}
+        coefficients = torch.Generator().manual_seed(seed)
         for layer in self._loras.values():
             layer.register_forward_pre_hook(self.route, with_kwargs=True)
+            for name in BRANCHES if classes else ():
+                scaled = ClassScaled(layer.lora_A[name], classes, self.rows, coefficients, blocks=blocks, start=start)
+                layer.lora_A[name] = scaled
         self.to(unet.device)
         self.check()
 
@@ -144,7 +169,12 @@ class BranchUNet(nn.Module):
             processor.base_only, processor.seen, processor.background = base_only, None, None
 
     def forward(
-        self, noisy: Tensor, timesteps: Tensor, text: Tensor, background: Sequence[Tensor] | None = None
+        self,
+        noisy: Tensor,
+        timesteps: Tensor,
+        text: Tensor,
+        background: Sequence[Tensor] | None = None,
+        classes: Tensor | None = None,
     ) -> Tensor:
         """What both branches predict, (2 N, C, h, w).
 
@@ -154,6 +184,7 @@ class BranchUNet(nn.Module):
             text: (2 N, L, D).
             background: What :meth:`background_features` returned for M backgrounds; N is a multiple of M, and they
                 repeat as a whole.
+            classes: Of the pairs, (N,) or (N, K), see ``Rows``; None: what all classes share.
 
         Raises:
             ValueError: The branches have BCM and no background is given, or the other way round; or the rows are odd.
@@ -170,6 +201,10 @@ class BranchUNet(nn.Module):
             raise ValueError("a background is given exactly where the branches are fitted with background compensation")
         for processor, seen in zip(reading, background or [], strict=True):
             processor.background = seen  # kept after the call: gradient checkpointing computes the layer again
+        self.rows.classes = classes  # kept as well
+        tau = timesteps.to(noisy.device).expand(len(noisy)) / self.num_train_timesteps
+        for processor in self.processors:
+            processor.tau = tau
         self.route.calls = 0
         predicted = self.unet(noisy, timesteps, text).sample
         if self.route.calls < len(self._loras):
@@ -177,11 +212,16 @@ class BranchUNet(nn.Module):
             raise RuntimeError(f"{self.route.calls} of {len(self._loras)} projections routed their rows by branch")
         return predicted
 
-    def fold(self) -> None:
-        """Multiply out what is constant while drawing; trained values that change later are not seen."""
+    @torch.no_grad()
+    def fold(self, classes: Tensor | None = None) -> None:
+        """Multiply out what is constant while drawing; trained values that change later are not seen.
+
+        Args:
+            classes: The one class of all that is drawn, (1,) or (1, K); None: what all classes share.
+        """
         self.check()
         for name, layer in self._loras.items():
-            self.unet.set_submodule(name, FoldedLora(layer, self.route))
+            self.unet.set_submodule(name, FoldedLora(layer, self.route, classes))
         for processor in self.processors:
             if processor.interaction is not None:
                 processor.folded = FoldedInteraction(processor.interaction)
@@ -205,9 +245,13 @@ class BranchUNet(nn.Module):
                 processor.apart = False
 
     def counts(self) -> dict[str, int]:
-        """How many parameters LoRA, SAIM and BCM have."""
-        parts = {"LoRA": ".lora_", "SAIM": ".interaction.", "BCM": ".compensation."}
-        return {
+        """How many parameters LoRA, SAIM, BCM, and where they are there the classes' coefficients and TDAM have."""
+        parts = {
+            "LoRA": ".lora_", "SAIM": ".interaction.", "BCM": ".compensation.", "CSB": ".departure", "TDAM": ".gates.",
+        }  # fmt: skip
+        found = {
             part: sum(value.numel() for name, value in self.named_parameters() if key in name)
             for part, key in parts.items()
         }
+        found["LoRA"] -= found["CSB"]
+        return {part: n for part, n in found.items() if n or part in ("LoRA", "SAIM", "BCM")}

@@ -30,73 +30,22 @@ U^2-Net can be compared with where its weights are (``masks.saliency``); ``04_me
 
 from __future__ import annotations
 
-import hashlib
-import json
-import shutil
-from collections.abc import Sequence
-from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any
 
-import numpy as np
-import safetensors.torch
-import torch
-from pydantic import Field
 from torch import Tensor
 
-from defectlib import paths
-from defectlib.backbone import ENCODE_BATCH, Backbone
-from defectlib.branches import Dual, background, dual_loss, training_pictures
-from defectlib.diffusion import denoise, noise_like
-from defectlib.masks.extraction import FLOOR, extract
-from defectlib.masks.interpolation import area_of, flaws
-from defectlib.masks.trimap import foreground
-from defectlib.methods.base import MethodConfig, register
-from defectlib.training import Curve, FitSettings, State, digest, fit, once
-from defectlib.types import Request, Sample, Shot
-
-# What starts from noise: each has a stream of its own under one seed.
-IMAGE, PART, BACKGROUND = range(3)
-ENDED = "ended"
+from defectlib.methods.base import register
+from defectlib.methods.pairs import PairConfig, PairMethod
 
 
-class DualAnoDiffConfig(MethodConfig):
+class DualAnoDiffConfig(PairConfig):
     """The paper's values are the defaults; its ablations are ``interaction`` (SAIM) and ``compensation`` (BCM).
 
     Attributes:
-        schedule: Of the learning rate: constant as in the paper, or a cosine to zero, for short fits at a high rate.
-        rank: Of LoRA in the UNet, one adapter a branch, and in the text encoder, one for both prompts.
-        compensation: The paper trains with it at batch 2 and draws in 50 steps with guidance 2.0.
-        flips: Also train on every shot mirrored both ways and turned by half.
-        crops: Random square crops a shot that are added to it, the same for image and part, before the flips.
-        crop_side: Their least side, as a share of the image's; each holds half of the defect or more.
         released: SAIM and BCM as in the released code, see :meth:`as_released`.
-        floor: Least departure from grey that is defect, see ``masks.extraction``.
-        attempts: Drawings at most until the mask has no flaw: it is neither empty nor full, and its area lies within
-            half the least and twice the largest of the defect's shots.
-        batch_size: Pairs a call of the model; short batches are padded, so that a sample depends on itself alone.
-            At most half of what the VAE takes at once.
     """
 
-    DRAWING: ClassVar[tuple[str, ...]] = ("num_inference_steps", "guidance_scale", "floor", "attempts", "batch_size")
-
-    steps: int = Field(5000, ge=1)
-    train_batch_size: int = Field(4, ge=1)
-    learning_rate: float = Field(2e-5, gt=0)
-    schedule: Literal["constant", "cosine"] = "constant"
-    rank: int = Field(32, ge=1)
-    interaction: bool = True
-    compensation: bool = False
     released: bool = False
-    flips: bool = True
-    crops: int = Field(0, ge=0)
-    crop_side: float = Field(0.8, gt=0, lt=1)
-    precision: Literal["no", "bf16"] = "no"
-    gradient_checkpointing: bool = False
-    num_inference_steps: int = Field(100, ge=1)
-    guidance_scale: float = Field(2.5, ge=1)
-    floor: float = Field(FLOOR, ge=0, lt=1)
-    attempts: int = Field(4, ge=1)
-    batch_size: int = Field(4, ge=1, le=ENCODE_BATCH // 2)
 
     @classmethod
     def as_released(cls, **changes) -> DualAnoDiffConfig:
@@ -105,241 +54,23 @@ class DualAnoDiffConfig(MethodConfig):
 
 
 @register("dualanodiff")
-class DualAnoDiff:
+class DualAnoDiff(PairMethod):
     """See the module's docstring."""
 
     Config = DualAnoDiffConfig
+    title = "DualAnoDiff"
     scope = "defect"
-    makes_masks = True
-    preserves_background = False
-    needs_backbone = True
-    one_normal_a_group = True
 
-    def __init__(self, config: DualAnoDiffConfig, backbone: Backbone | None = None) -> None:
-        if backbone is None:
-            raise ValueError("DualAnoDiff needs a base model: give backbone.load('tiny') or 'sd15'")
-        self.config, self.backbone = config, backbone
-        self.states: dict[str, State] = {}
-        self.curves: dict[str, Curve] = {}
-        self.areas: dict[str, tuple[float, float]] = {}
-        self._dual: Dual | None = None
-        self._holds = ""
+    def group(self, defect: str) -> str:
+        """One model a defect."""
+        return defect
 
-    def fit(
-        self, shots: Sequence[Shot], normals: Sequence[Tensor], *, prompts: dict[str, str], seed: int, workdir: Path
-    ) -> None:
-        """Train one model a defect; its prompts are the paper's, so ``prompts`` changes nothing.
-
-        Raises:
-            ValueError: There is no shot, a shot's mask covers the whole image or most of its border, or compensation
-                is asked for where no shot of a defect, or not every normal, has a background.
-        """
-        if not shots:
-            raise ValueError("DualAnoDiff needs at least one shot of a defect to learn from")
-        if full := [shot for shot in shots if shot.mask.all()]:
-            raise ValueError(
-                f"the mask of shot {full[0].defect}/{full[0].id} covers the whole image: its part would be the image; "
-                "remove the pair or correct the mask"
-            )
-        unread = [shot for shot in shots if extract(shot.image * shot.mask, self.config.floor).by == "border"]
-        if unread:
-            raise ValueError(
-                f"the mask of shot {unread[0].defect}/{unread[0].id} covers most of the image's border: no mask can be "
-                "read off such a part; remove the pair or cut a larger window"
-            )
-        self.backbone.latent_shape(shots[0].image.shape[-1])
-        by_defect = {d: [shot for shot in shots if shot.defect == d] for d in dict.fromkeys(s.defect for s in shots)}
-        for defect, own in by_defect.items() if self.config.compensation else ():
-            if all(foreground(shot.image).all() for shot in own):
-                raise ValueError(
-                    f"compensation needs a background, and in the shots of {own[0].category}/{defect} the surface "
-                    "fills the frame: set compensation to false"
-                )
-        blank = sum(bool(foreground(image).all()) for image in normals) if self.config.compensation else 0
-        if blank:
-            raise ValueError(
-                f"compensation needs a background, and {blank} of {len(normals)} normal images of {shots[0].category} "
-                "show none: leave them out, or set compensation to false"
-            )
-        self.states, self.curves = {}, {}
-        self._dual, self._holds = None, ""
-        areas = {defect: [area_of(shot.mask) for shot in own] for defect, own in by_defect.items()}
-        self.areas = {defect: (min(own), max(own)) for defect, own in areas.items()}
-        for defect, own in by_defect.items():
-            self.states[defect], self.curves[defect] = self._fit(defect, own, seed, workdir)
-
-    def _fit(self, defect: str, shots: Sequence[Shot], seed: int, workdir: Path) -> tuple[State, Curve]:
-        """Train the model of one defect, or take it from where a killed run had ended it; ``save`` clears that."""
-        config, base = self.config, self.backbone
-        pictures = training_pictures(
-            shots, seed, flips=config.flips, crops=config.crops, crop_side=config.crop_side,
-            backgrounds=config.compensation,
-        )  # fmt: skip
-
-        def train() -> tuple[State, Curve]:
-            latents = {name: self._encode(images, name) for name, images in pictures.items()}
-            dual = self._new(seed)
-
-            def loss(items: Tensor, generator: torch.Generator) -> Tensor:
-                return dual_loss(dual, base, {name: x[items] for name, x in latents.items()}, generator)
-
-            settings = FitSettings(
-                steps=config.steps, batch_size=config.train_batch_size, learning_rate=config.learning_rate,
-                schedule=config.schedule, precision=config.precision,
-            )  # fmt: skip
-            curve = fit(dual.trained, loss, len(latents["image"]), settings, seed=seed, folder=folder)
-            return dual.trained_state(), curve
-
-        asked = [base.digest, config.fit_values(), digest(pictures.values()), seed]
-        folder = workdir / "checkpoints" / f"{defect}-{hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:12]}"
-        return once(workdir / ENDED / f"{defect}.safetensors", asked, train)
-
-    def _new(self, seed: int) -> Dual:
-        """An untrained model of this configuration."""
-        config = self.config
-        return Dual(
-            self.backbone, config.rank, seed, interaction=config.interaction, compensation=config.compensation,
-            released=config.released, checkpointing=config.gradient_checkpointing,
-        )  # fmt: skip
+    def parts(self) -> dict[str, Any]:
+        """With the released form where it is asked for."""
+        return super().parts() | {"released": self.config.released}
 
     def _encode(self, images: Tensor, name: str) -> Tensor:
         """Latents; the released code forgets the VAE's factor for backgrounds."""
-        latents = self.backbone.encode(images)
+        latents = super()._encode(images, name)
         unscaled = self.config.released and name == "background"
         return latents / self.backbone.vae.config.scaling_factor if unscaled else latents
-
-    def dual(self, defect: str) -> Dual:
-        """The model of a defect; one at a time is held, the others' trained weights lie beside it."""
-        if self._dual is None:
-            self._dual = self._new(0).requires_grad_(False)
-        if self._holds != defect:
-            self._dual.load_trained(self.states[defect])
-            self._holds = defect
-        return self._dual
-
-    @torch.no_grad()
-    def sample(self, requests: Sequence[Request]) -> list[Sample]:
-        """Draw pairs; one whose mask has a flaw is drawn again, up to ``attempts`` drawings.
-
-        A sample's notes say at which threshold its mask was cut and what set it, at which drawing it was kept, for
-        which flaws others were not, and the flaw that it was kept with where there was no drawing left.
-
-        Raises:
-            ValueError: A request asks for a defect that was not learned, or compensation has no background to read.
-        """
-        for request in requests:
-            if request.defect not in self.states:
-                known = ", ".join(self.states) or "nothing"
-                raise ValueError(f"DualAnoDiff was fitted on {known}, not on '{request.defect}'")
-            if self.config.compensation and foreground(request.normal).all():
-                raise ValueError(
-                    f"the normal image of request {request.seed} shows no background that compensation could read: "
-                    "leave the image out, or set compensation to false"
-                )
-        drawn: dict[int, Sample] = {}
-        before: dict[int, list[str]] = {i: [] for i in range(len(requests))}
-        for attempt in range(self.config.attempts):
-            left = [i for i in range(len(requests)) if i not in drawn or drawn[i].notes["flaw"]]
-            for i in left if attempt else []:
-                before[i].append(drawn[i].notes["flaw"])
-            for defect in dict.fromkeys(requests[i].defect for i in left):
-                own = [i for i in left if requests[i].defect == defect]
-                for start in range(0, len(own), self.config.batch_size):
-                    part = own[start : start + self.config.batch_size]
-                    drawn |= zip(part, self._draw([requests[i] for i in part], attempt), strict=True)
-        for i, flawed in before.items():
-            drawn[i].notes["redrawn_for"] = "; ".join(flawed)
-        return [drawn[i] for i in range(len(requests))]
-
-    def _draw(self, requests: Sequence[Request], attempt: int) -> list[Sample]:
-        """Up to ``batch_size`` pairs of one defect."""
-        images, parts = self.denoised(requests, attempt)
-        samples = []
-        for image, part, r in zip(images, parts, requests, strict=True):
-            cut = extract(part, self.config.floor)
-            notes = {"threshold": round(cut.threshold, 4), "threshold_by": cut.by, "drawing": attempt + 1}
-            notes["flaw"] = self._flaw(cut.mask, r.defect)
-            samples.append(Sample(image, cut.mask, r.category, r.defect, r.seed, r.group, notes, part))
-        return samples
-
-    def _flaw(self, mask: Tensor, defect: str) -> str:
-        """What is wrong with a drawn mask; "" for a good one."""
-        return "full" if mask.all() else next(iter(flaws(mask, torch.ones_like(mask), self.areas[defect])), "")
-
-    def denoised(self, requests: Sequence[Request], attempt: int = 0, hooks: Sequence = ()) -> tuple[Tensor, Tensor]:
-        """Images and parts (N, 3, H, W) of up to ``batch_size`` requests of one defect; hooks see the batch padded."""
-        config, base, dual = self.config, self.backbone, self.dual(requests[0].defect)
-        padded = [*requests, *[requests[-1]] * (config.batch_size - len(requests))]
-        shape = base.latent_shape(padded[0].normal.shape[-1])
-        seeds = [noise_seed(request.seed, branch, attempt) for branch in (IMAGE, PART) for request in padded]
-        start = noise_like(seeds, shape).to(base.device)
-        n, guided = len(padded), config.guidance_scale > 1
-        *words, nothing = dual.text()
-        kinds = [(nothing, word) if guided else (word,) for word in words]
-        text = torch.stack([word for kind in kinds for word in kind]).repeat_interleave(n, 0)
-        backgrounds, of_row = self._backgrounds(padded) if config.compensation else (torch.empty(0), [])
-        background_noise = noise_like([noise_seed(0, BACKGROUND)], shape).to(base.device)
-
-        def predict(latents: Tensor, timestep: Tensor) -> Tensor:
-            copies = 2 if guided else 1
-            noisy = torch.cat([branch for branch in latents.chunk(2) for _ in range(copies)])
-            features = None
-            if config.compensation:
-                # Each by itself, so that a sample does not depend on how many others share the call.
-                levels = [base.scheduler.add_noise(x[None], background_noise, timestep[None]) for x in backgrounds]
-                seen = [dual.branches.background_features(x, timestep, base.embed([""])) for x in levels]
-                features = [torch.cat(layer)[of_row] for layer in zip(*seen, strict=True)]
-            predicted = dual.branches(noisy, timestep, text, features)
-            if not guided:
-                return predicted
-            without, with_text = predicted.unflatten(0, (2, 2, n)).unbind(1)
-            return (without + config.guidance_scale * (with_text - without)).flatten(0, 1)
-
-        final = denoise(predict, start, base.scheduler, config.num_inference_steps, hooks)
-        images, parts = base.decode(final).chunk(2)
-        return images[: len(requests)], parts[: len(requests)]
-
-    def _backgrounds(self, requests: Sequence[Request]) -> tuple[Tensor, list[int]]:
-        """Latents of the distinct backgrounds of a batch, and which of them each request has."""
-        keys = [request.normal.numpy().tobytes() for request in requests]
-        distinct = {key: request.normal for key, request in zip(keys, requests, strict=True)}
-        order = list(distinct)
-        latents = [self._encode(background(normal)[None], "background") for normal in distinct.values()]
-        return torch.cat(latents), [order.index(key) for key in keys]
-
-    def save(self, folder: Path) -> None:
-        """What was trained, a file a defect, and the configuration."""
-        for defect, state in self.states.items():
-            paths.write_bytes(folder / f"{defect}.safetensors", safetensors.torch.save(state))
-        described = {
-            "config": self.config.model_dump(),
-            "backbone": self.backbone.digest,
-            "curves": self.curves,
-            "areas": self.areas,
-        }
-        paths.write_text(folder / "method.json", json.dumps(described, indent=1))
-        shutil.rmtree(folder / ENDED, ignore_errors=True)
-
-    @classmethod
-    def load(cls, folder: Path, backbone: Backbone | None = None) -> DualAnoDiff:
-        """Read what :meth:`save` wrote.
-
-        Raises:
-            ValueError: It was fitted on another base model, or with another rank or other parts.
-        """
-        described = json.loads((folder / "method.json").read_text())
-        method = cls(cls.Config(**described["config"]), backbone)
-        if described["backbone"] != backbone.digest:
-            raise ValueError(f"{folder} was fitted on another base model than '{backbone.name}': fit it anew")
-        method._dual = method._new(0).requires_grad_(False)
-        method.areas = {defect: tuple(ends) for defect, ends in described["areas"].items()}
-        for defect, curve in described["curves"].items():
-            method.states[defect] = safetensors.torch.load_file(folder / f"{defect}.safetensors")
-            method.curves[defect] = [tuple(point) for point in curve]
-            method._dual.expect(method.states[defect], folder / f"{defect}.safetensors")
-        return method
-
-
-def noise_seed(seed: int, what: int, attempt: int = 0) -> int:
-    """The seed of one noise of a request, 32 bits: torch's CPU generator ignores those above."""
-    return int(np.random.SeedSequence([seed, what, attempt]).generate_state(1, np.uint32)[0])

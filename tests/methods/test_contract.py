@@ -34,12 +34,15 @@ NORMALS = [surface(k) for k in range(4)]
 QUICK = {
     "defectsynth": {"steps": 2, "train_batch_size": 2, "num_inference_steps": 2, "batch_size": 2},
     "dualanodiff": {"steps": 2, "train_batch_size": 2, "rank": 4, "num_inference_steps": 2, "batch_size": 2},
+    "symmetry_aware": {"steps": 2, "train_batch_size": 2, "rank": 4, "num_inference_steps": 2, "batch_size": 2},
 }
 
 
 # Beside each method as it is: what changes the path that its samples take.
 FORMS = [*((name, {}) for name in base.names()), ("dualanodiff", {"compensation": True}),
-         ("dualanodiff", {"compensation": True, "released": True})]  # fmt: skip
+         ("dualanodiff", {"compensation": True, "released": True}),
+         ("symmetry_aware", {"compensation": True, "gates": "prior"}),
+         ("symmetry_aware", {"class_coefficients": False, "gates": "cosine", "x0_space": True})]  # fmt: skip
 
 
 def mask_source(rng, shots, normal):

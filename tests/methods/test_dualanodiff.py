@@ -9,7 +9,7 @@ from defectlib.branches import background, crop_box, training_pictures
 from defectlib.diffusion import noise_like
 from defectlib.images import TURNS
 from defectlib.masks.extraction import extract
-from defectlib.methods import dualanodiff
+from defectlib.methods import pairs
 from defectlib.methods.dualanodiff import DualAnoDiff, DualAnoDiffConfig
 from defectlib.types import Request, Shot
 
@@ -52,7 +52,7 @@ def fitted(fit):
 
 
 def test_a_part_is_the_defect_on_mid_grey_and_turns_with_its_image():
-    pictures = training_pictures(SHOTS, 0, backgrounds=True)
+    pictures = training_pictures(SHOTS, 0, backgrounds=True).shown
     assert {name: x.shape for name, x in pictures.items()} == dict.fromkeys(
         ("image", "part", "background"), (12, 3, 64, 64)
     )
@@ -63,9 +63,9 @@ def test_a_part_is_the_defect_on_mid_grey_and_turns_with_its_image():
 
 
 def test_a_crop_is_the_same_for_image_and_part():
-    pictures = training_pictures(SHOTS, 0, crops=3, flips=False)
+    pictures = training_pictures(SHOTS, 0, crops=3, flips=False).shown
     assert len(pictures["image"]) == 12 and torch.equal(pictures["image"][:3], torch.stack([s.image for s in SHOTS]))
-    again, other = (training_pictures(SHOTS, seed, crops=3, flips=False) for seed in (0, 1))
+    again, other = (training_pictures(SHOTS, seed, crops=3, flips=False).shown for seed in (0, 1))
     assert torch.equal(pictures["image"], again["image"]) and not torch.equal(pictures["image"], other["image"])
     for image, part in zip(pictures["image"][3:], pictures["part"][3:], strict=True):
         drawn = part.abs().amax(0) > 0
@@ -84,7 +84,7 @@ def test_a_crop_keeps_the_defect_or_is_the_whole_image():
 
 def test_a_crops_background_is_that_of_the_whole_image():
     """Where a crop has no border of its own the finder would say that the surface fills the frame."""
-    pictures = training_pictures(SHOTS, 0, crops=4, crop_side=0.5, flips=False, backgrounds=True)
+    pictures = training_pictures(SHOTS, 0, crops=4, crop_side=0.5, flips=False, backgrounds=True).shown
     grey = (pictures["background"] == 0).all(1).float().mean((1, 2))
     assert (grey > 0.1).all() and (grey < 1).any()
 
@@ -94,11 +94,11 @@ def test_guidance_moves_each_branch_from_the_empty_prompt_to_its_own(untrained, 
     method = fit(compensation=True, learning_rate=1e-2, guidance_scale=3.0, num_inference_steps=1)
     pair, base = [request(1, 0), request(2, 1)], method.backbone
     dual, shape = method.dual("hole"), (12, 16, 16)
-    seeds = [dualanodiff.noise_seed(r.seed, what) for what in (dualanodiff.IMAGE, dualanodiff.PART) for r in pair]
+    seeds = [pairs.noise_seed(r.seed, what) for what in (pairs.IMAGE, pairs.PART) for r in pair]
     start, (image, part, nothing) = noise_like(seeds, shape), dual.text()
     base.scheduler.set_timesteps(1)
     t = base.scheduler.timesteps[0]
-    noise = noise_like([dualanodiff.noise_seed(0, dualanodiff.BACKGROUND)], shape)
+    noise = noise_like([pairs.noise_seed(0, pairs.BACKGROUND)], shape)
     behind = torch.cat([base.encode(background(r.normal)[None]) for r in pair])
     level = base.scheduler.add_noise(behind, noise.expand_as(behind), t[None].expand(2))
     with torch.no_grad():
@@ -192,14 +192,14 @@ def test_a_redrawing_starts_from_other_noise_than_any_other_drawing(fitted):
     """torch's CPU generator reads 32 bits of a seed: distinct integers are not enough."""
     drawn = [fitted.denoised([request(seed)], attempt)[0] for seed in (1, 2) for attempt in (0, 1, 2)]
     assert not any(torch.equal(a, b) for i, a in enumerate(drawn) for b in drawn[:i])
-    keys = {dualanodiff.noise_seed(s, what, a) for s in range(99) for what in range(3) for a in range(4)}
+    keys = {pairs.noise_seed(s, what, a) for s in range(99) for what in range(3) for a in range(4)}
     assert len(keys) == 99 * 3 * 4
 
 
 def test_a_fit_that_was_killed_keeps_the_defects_it_had_ended(untrained, tmp_path, monkeypatch):
     second = [Shot(s.image, s.mask, s.category, "dent", s.id) for s in SHOTS]
     trained = []
-    real = dualanodiff.fit
+    real = pairs.fit
 
     def killed(*arguments, **named):
         trained.append(named["folder"].name.split("-")[0])
@@ -207,7 +207,7 @@ def test_a_fit_that_was_killed_keeps_the_defects_it_had_ended(untrained, tmp_pat
             raise KeyboardInterrupt
         return real(*arguments, **named)
 
-    monkeypatch.setattr(dualanodiff, "fit", killed)
+    monkeypatch.setattr(pairs, "fit", killed)
     method = DualAnoDiff(DualAnoDiffConfig(**QUICK), untrained)
     with pytest.raises(KeyboardInterrupt):
         method.fit([*SHOTS, *second], [], prompts={}, seed=0, workdir=tmp_path)

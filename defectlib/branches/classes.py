@@ -1,0 +1,127 @@
+"""CSB-LoRA: low-rank bases that all classes share, and coefficients that each class has of its own.
+
+Stated in the abstract: "cross-class shared low-rank bases with class-dependent coefficients". Our reading, for every
+projection and branch: Delta W_c = (alpha / r) B diag(s_c) A with s_c = 1 + d_c, so that a class is a departure from
+what all share. Without a departure it is LoRA.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+START = 0.02
+"""Standard deviation of d_c before training: classes that start alike are told apart by their data alone."""
+
+
+class Rows:
+    """Which class each pair of a batch has; one for all layers of a model.
+
+    Attributes:
+        classes: (N,) indices, or (N, K) weights over the K classes for what lies between them; None: no departure.
+    """
+
+    classes: Tensor | None = None
+
+    @contextmanager
+    def of(self, classes: Tensor | None) -> Iterator[None]:
+        """Within it the pairs have these classes."""
+        before, self.classes = self.classes, classes
+        try:
+            yield
+        finally:
+            self.classes = before
+
+
+class ClassScaled(nn.Module):
+    """A of one LoRA layer with class-dependent coefficients: s_c * (A x), in the place of peft's ``lora_A[branch]``.
+
+    A batch of mixed classes goes through in one pass; no weights are merged. ``weight`` is A's, as peft reads it.
+
+    Args:
+        linear: A, (r, width).
+        classes: How many.
+        rows: The batch's classes.
+        generator: Of d_c.
+        blocks: Coefficients a class: ``r`` of them, or fewer, each tied over r / blocks rows of A. That is the form
+            sum_k a_(c,k) B_k A_k with K = blocks bases.
+        start: Standard deviation of d_c.
+    """
+
+    def __init__(
+        self,
+        linear: nn.Linear,
+        classes: int,
+        rows: Rows,
+        generator: torch.Generator,
+        *,
+        blocks: int | None = None,
+        start: float = START,
+    ) -> None:
+        super().__init__()
+        rank = linear.out_features
+        blocks = rank if blocks is None else blocks
+        if rank % blocks:
+            raise ValueError(f"{blocks} blocks do not divide rank {rank}: choose a divisor for tie_blocks")
+        self.linear, self.rows, self.tied = linear, rows, rank // blocks
+        self.departure = nn.Parameter(start * torch.randn(classes, blocks, generator=generator))
+
+    @property
+    def weight(self) -> Tensor:
+        """A, (r, width)."""
+        return self.linear.weight
+
+    def coefficients(self) -> Tensor:
+        """s_c of every class, (K, r)."""
+        return (1 + self.departure).repeat_interleave(self.tied, 1)
+
+    def of_rows(self, classes: Tensor) -> Tensor:
+        """S of rows with these classes, (N, r); between classes, that of the weighted mean."""
+        every = self.coefficients()
+        return classes.to(every) @ every if classes.ndim == 2 else every[classes]
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(N, ..., width) to (N, ..., r)."""
+        entered = self.linear(hidden)
+        if self.rows.classes is None:
+            return entered
+        scale = self.of_rows(self.rows.classes.to(hidden.device))
+        return entered * scale.to(entered.dtype).view(len(scale), *[1] * (entered.ndim - 2), -1)
+
+
+def scaled_layers(model: nn.Module) -> list[ClassScaled]:
+    """All layers of a model that have coefficients."""
+    return [m for m in model.modules() if isinstance(m, ClassScaled)]
+
+
+def coefficient_map(layers: Sequence[ClassScaled]) -> Tensor:
+    """d_c of every class over all layers, (K, M), for how alike classes are."""
+    return torch.cat([layer.departure.detach().cpu() for layer in layers], 1)
+
+
+def shrinkage(layers: Sequence[ClassScaled]) -> Tensor:
+    """The mean over classes of ||d_c||^2, over all layers: what draws classes to the shared prior."""
+    return sum(layer.departure.square().sum(1).mean() for layer in layers)
+
+
+def orthogonality(layers: Sequence[ClassScaled]) -> Tensor:
+    """Mean over layers of ||R R^T - I||^2 with R the rows of A at length one: 0 where bases are orthogonal."""
+    total = 0.0
+    for layer in layers:
+        rows = nn.functional.normalize(layer.weight, dim=1)
+        gram = rows @ rows.T
+        total = total + (gram - torch.eye(len(gram), device=gram.device)).square().sum()
+    return total / len(layers)
+
+
+def discrepancy(layers: Sequence[ClassScaled], margin: float) -> Tensor:
+    """Mean over pairs of classes of max(0, cos(d_c, d_c') - margin) over all layers: classes are kept apart."""
+    every = nn.functional.normalize(torch.cat([layer.departure for layer in layers], 1), dim=1)
+    alike = every @ every.T
+    pairs = torch.triu_indices(len(alike), len(alike), 1)
+    if pairs.shape[1] == 0:
+        return alike.new_zeros(())
+    return (alike[pairs[0], pairs[1]] - margin).clamp_min(0).mean()

@@ -1,0 +1,151 @@
+"""The symmetry-aware system (paper 000; Symmetry 18(7):1101): DualAnoDiff for several defects at once.
+
+Only the abstract of the paper is at hand. It states three parts, built on DualAnoDiff's two branches: CSB-LoRA
+("cross-class shared low-rank bases with class-dependent coefficients"), TDAM (interaction, background and fusion
+"according to the denoising stage") and SGRL ("stronger spatial constraints to defect regions and boundary
+neighborhoods"). Rank, number of bases, the gates' form, the band's width, all weights, steps and prompts are not
+stated; they are our reading, and stand with their equations in ``branches.classes``, ``branches.gates`` and
+``branches.guidance``. With all three off, and one class, a training step is DualAnoDiff's to the bit.
+
+One model is trained for all defects of a category. Prompts stay "a vfx with sks" and "sks": classes differ by their
+coefficients alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from defectlib.branches import Dual, Pictures
+from defectlib.branches.classes import START, discrepancy, orthogonality, scaled_layers, shrinkage
+from defectlib.branches.gates import Schedule
+from defectlib.branches.guidance import min_snr, spatial_weights
+from defectlib.methods.base import register
+from defectlib.methods.pairs import PairConfig, PairMethod
+from defectlib.types import Shot
+
+GROUP = "all"
+
+
+class SymmetryAwareConfig(PairConfig):
+    """DualAnoDiff's values for what the two share; the rest is our reading.
+
+    Attributes:
+        class_coefficients: CSB-LoRA; False is one LoRA for all classes.
+        tie_blocks: Coefficients a class and LoRA, a divisor of ``rank``; None is ``rank`` of them.
+        coefficient_start: Standard deviation of the departures d_c before training.
+        shrinkage: Weight of the mean over classes of ||d_c||^2.
+        orthogonality: Weight of the bases' departure from orthogonal rows.
+        discrepancy: Weight of max(0, cos(d_c, d_c') - discrepancy_margin) over pairs of classes.
+        discrepancy_margin: See there.
+        gates: TDAM's schedule: learned from "neutral" or from the "prior", or fixed ("cosine"); None: off.
+        guidance: SGRL.
+        mask_weight: lambda_m inside the defect.
+        band_weight: lambda_b around its boundary.
+        band: Half the band's width, in latent cells.
+        most: The mask's largest share of a picture's weight.
+        softness: Sigma in cells of a soft edge; 0: hard.
+        x0_space: Errors of x_0 with min-SNR weights instead of the base's own target.
+    """
+
+    class_coefficients: bool = True
+    tie_blocks: int | None = Field(None, ge=1)
+    coefficient_start: float = Field(START, ge=0)
+    shrinkage: float = Field(1e-4, ge=0)
+    orthogonality: float = Field(0.0, ge=0)
+    discrepancy: float = Field(0.0, ge=0)
+    discrepancy_margin: float = Field(0.0, ge=-1, le=1)
+    gates: Schedule | None = "neutral"
+    guidance: bool = True
+    mask_weight: float = Field(4.0, ge=0)
+    band_weight: float = Field(2.0, ge=0)
+    band: int = Field(2, ge=1)
+    most: float = Field(0.5, gt=0, lt=1)
+    softness: float = Field(0.0, ge=0)
+    x0_space: bool = False
+
+
+@register("symmetry_aware")
+class SymmetryAware(PairMethod):
+    """See the module's docstring."""
+
+    Config = SymmetryAwareConfig
+    title = "the symmetry-aware system"
+    scope = "category"
+
+    def group(self, defect: str) -> str:
+        """One model for all."""
+        return GROUP
+
+    def parts(self) -> dict[str, Any]:
+        """Coefficients for as many classes as there are defects, and the gates."""
+        config = self.config
+        found = super().parts() | {"gates": config.gates}
+        if config.class_coefficients:
+            found |= {"classes": len(self.areas), "blocks": config.tie_blocks, "start": config.coefficient_start}
+        return found
+
+    def classes(self, defect: str) -> Tensor | None:
+        """The defect's own class."""
+        return torch.tensor([list(self.areas).index(defect)]) if self.config.class_coefficients else None
+
+    def between(self, first: str, second: str, share: float) -> Dual:
+        """The model of what lies between two defects: ``share`` of the second's coefficients, the rest the first's.
+
+        Raises:
+            ValueError: The fit has one LoRA for all classes, or a defect was not learned.
+        """
+        if not self.config.class_coefficients:
+            raise ValueError("one LoRA for all classes holds nothing between two: fit with class_coefficients")
+        order = list(self.areas)
+        if unknown := sorted({first, second} - set(order)):
+            raise ValueError(f"{self.title} was fitted on {', '.join(order)}, not on '{unknown[0]}'")
+        mixed = torch.zeros(1, len(order))
+        mixed[0, order.index(first)] += 1 - share
+        mixed[0, order.index(second)] += share
+        dual = self.dual(first)
+        dual.load_trained(self.states[GROUP], mixed)
+        self._holds = ""
+        return dual
+
+    def step(self, dual: Dual, pictures: Pictures, shots: Sequence[Shot]) -> Callable[[Tensor], dict[str, Any]]:
+        """Classes of the rows, and SGRL's weights, which are computed once a picture."""
+        config, base = self.config, self.backbone
+        order = list(self.areas)
+        classes = torch.tensor([order.index(shot.defect) for shot in shots])[pictures.of_shot]
+        spatial = None
+        if config.guidance:
+            size = base.latent_shape(pictures.masks.shape[-1])[1:]
+            spatial = spatial_weights(
+                pictures.masks, size, mask_weight=config.mask_weight, band_weight=config.band_weight,
+                radius=config.band, most=config.most, softness=config.softness,
+            ).to(base.device)  # fmt: skip
+
+        def given(items: Tensor) -> dict[str, Any]:
+            found: dict[str, Any] = {"classes": classes[items].to(base.device)} if config.class_coefficients else {}
+            if spatial is not None or config.x0_space:
+                found["weigh"] = lambda timesteps: self._weights(spatial, items, timesteps)
+            return found
+
+        return given
+
+    def _weights(self, spatial: Tensor | None, items: Tensor, timesteps: Tensor) -> Tensor:
+        """(N, 1, h, w), or (N, 1, 1, 1), of a step's rows."""
+        weights = 1.0 if spatial is None else spatial[items]
+        return weights * min_snr(timesteps, self.backbone.scheduler) if self.config.x0_space else weights
+
+    def penalty(self, dual: Dual) -> Tensor | float:
+        """Shrinkage, orthogonality and discrepancy, those that have a weight."""
+        config, total = self.config, 0.0
+        layers = scaled_layers(dual) if config.class_coefficients else []
+        if layers and config.shrinkage:
+            total = total + config.shrinkage * shrinkage(layers)
+        if layers and config.orthogonality:
+            total = total + config.orthogonality * orthogonality(layers)
+        if layers and config.discrepancy:
+            total = total + config.discrepancy * discrepancy(layers, config.discrepancy_margin)
+        return total

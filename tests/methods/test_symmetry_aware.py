@@ -1,0 +1,96 @@
+"""The symmetry-aware system: off it is DualAnoDiff, on its classes differ, and each fault is one sentence."""
+
+import pytest
+import torch
+
+from defectlib.branches.classes import scaled_layers
+from defectlib.methods.dualanodiff import DualAnoDiff, DualAnoDiffConfig
+from defectlib.methods.symmetry_aware import SymmetryAware, SymmetryAwareConfig
+from defectlib.types import Request, Shot
+
+QUICK = {"steps": 3, "train_batch_size": 2, "rank": 4, "num_inference_steps": 2, "batch_size": 2, "learning_rate": 1e-2}
+OFF = {"class_coefficients": False, "gates": None, "guidance": False}
+
+
+def shot(defect, k):
+    image = 0.3 * torch.randn(3, 64, 64, generator=torch.Generator().manual_seed(k)).clamp(-2, 2)
+    mask = torch.zeros(1, 64, 64, dtype=torch.bool)
+    mask[0, 20 + 3 * k : 30 + 3 * k, 20:40] = True
+    return Shot(torch.where(mask, 0.9 if defect == "hole" else -0.9, image), mask, "plate", defect, f"{k}")
+
+
+SHOTS = [shot(defect, k) for defect in ("hole", "dent") for k in range(3)]
+
+
+def fitted(kind, config, shots, untrained, folder):
+    method = kind(config, untrained)
+    method.fit(shots, [], prompts={}, seed=0, workdir=folder)
+    return method
+
+
+def request(defect, seed=1):
+    return Request(torch.zeros(3, 64, 64), None, "plate", defect, "", seed, seed)
+
+
+def test_all_off_and_one_class_is_dualanodiffs_training_to_the_bit(untrained, tmp_path):
+    ours = fitted(SymmetryAware, SymmetryAwareConfig(**QUICK | OFF), SHOTS[:3], untrained, tmp_path / "ours")
+    theirs = fitted(DualAnoDiff, DualAnoDiffConfig(**QUICK), SHOTS[:3], untrained, tmp_path / "theirs")
+    (one,), (other,) = ours.states.values(), theirs.states.values()
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    drawn = [method.denoised([request("hole")])[0] for method in (ours, theirs)]
+    assert torch.equal(*drawn)
+
+
+@pytest.mark.parametrize("part", [{"class_coefficients": True}, {"gates": "prior"}, {"guidance": True}])
+def test_each_part_changes_what_is_learned(untrained, tmp_path, part):
+    off, on = (
+        fitted(SymmetryAware, SymmetryAwareConfig(**QUICK | OFF | more), SHOTS, untrained, tmp_path / str(len(more)))
+        for more in ({}, part)
+    )
+    assert not torch.equal(off.denoised([request("hole")])[0], on.denoised([request("hole")])[0])
+
+
+@pytest.fixture(scope="module")
+def whole(untrained, tmp_path_factory):
+    config = SymmetryAwareConfig(**QUICK, orthogonality=1e-3, discrepancy=1e-3, coefficient_start=0.5)
+    return fitted(SymmetryAware, config, SHOTS, untrained, tmp_path_factory.mktemp("fit"))
+
+
+def test_coefficients_and_gates_move_and_classes_draw_otherwise(whole):
+    dual = whole._new(0)
+    before = {name: value.clone() for name, value in zip(dual.names, dual.trained, strict=True)}
+    state = whole.states["all"]
+    for part in ("departure", "gates.slope", "lora_B"):
+        assert any(not torch.equal(state[name], before[name]) for name in state if part in name), part
+    hole, dent = (whole.denoised([request(defect)])[0] for defect in ("hole", "dent"))
+    assert not torch.equal(hole, dent), "the same noise, another class"
+    assert len(scaled_layers(dual)) == 8 * len(dual.branches.processors)
+
+
+def test_between_two_defects_lie_both_ends(whole):
+    at = {}
+    for share in (0.0, 0.5, 1.0):
+        whole.between("hole", "dent", share)
+        whole._holds = "hole"  # what denoised asks for
+        at[share] = whole.denoised([request("hole")])[0]
+        whole._holds = ""
+    ends = [whole.denoised([request(defect)])[0] for defect in ("hole", "dent")]
+    assert torch.allclose(at[0.0], ends[0], atol=1e-4) and torch.allclose(at[1.0], ends[1], atol=1e-4)
+    assert (at[0.5] - ends[0]).abs().max() > 1e-3 and (at[0.5] - ends[1]).abs().max() > 1e-3
+
+
+def test_bad_input_is_one_sentence(whole, untrained, tmp_path):
+    with pytest.raises(ValueError, match="the symmetry-aware system was fitted on hole, dent, not on 'crack'"):
+        whole.sample([request("crack")])
+    with pytest.raises(ValueError, match="fitted on hole, dent, not on 'crack'"):
+        whole.between("hole", "crack", 0.5)
+    shared = SymmetryAware(SymmetryAwareConfig(**QUICK | OFF), untrained)
+    with pytest.raises(ValueError, match="holds nothing between two"):
+        shared.between("hole", "dent", 0.5)
+    with pytest.raises(ValueError, match="3 blocks do not divide rank 4"):
+        fitted(SymmetryAware, SymmetryAwareConfig(**QUICK, tie_blocks=3), SHOTS, untrained, tmp_path)
+    whole.save(tmp_path)
+    text = (tmp_path / "method.json").read_text()
+    (tmp_path / "method.json").write_text(text.replace('"dent": [', '"dent": [0.1, 0.2], "burn": ['))
+    with pytest.raises(ValueError, match=r"all\.safetensors was fitted with other parts"):
+        SymmetryAware.load(tmp_path, untrained)

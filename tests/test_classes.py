@@ -1,0 +1,209 @@
+"""CSB-LoRA, TDAM and SGRL as parts: hand-worked numbers, and off they are not there."""
+
+import copy
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, UNet2DConditionModel
+
+from defectlib import diffusion
+from defectlib.branches import BranchUNet, classes, gates, guidance
+from defectlib.branches.classes import ClassScaled, Rows, scaled_layers
+
+STEP = torch.tensor(500)
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def rows(base, n=2, seed=0):
+    return normal(2 * n, 12, 16, 16, seed=seed), base.embed(["a vfx with sks"] * n + ["sks"] * n)
+
+
+def disturbed(branches, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for value in branches.parameters():
+            if value.requires_grad:
+                value.copy_(0.1 * torch.randn(value.shape, generator=generator))
+    return branches
+
+
+def layer(blocks=None, start=0.5, n=3):
+    linear = torch.nn.Linear(5, 4, bias=False)
+    return ClassScaled(linear, n, Rows(), torch.Generator().manual_seed(0), blocks=blocks, start=start)
+
+
+def test_coefficients_by_hand():
+    scaled, hidden = layer(), normal(2, 3, 5)
+    with scaled.rows.of(torch.tensor([2, 0])):
+        found = scaled(hidden)
+    entered = hidden @ scaled.weight.T
+    for i, k in enumerate((2, 0)):
+        assert torch.allclose(found[i], entered[i] * (1 + scaled.departure[k]))
+    assert torch.equal(scaled(hidden), scaled.linear(hidden)), "outside, what all share"
+
+
+def test_between_two_classes_lies_their_weighted_mean():
+    scaled, hidden = layer(), normal(1, 3, 5)
+    with scaled.rows.of(torch.tensor([[0.25, 0.75, 0.0]])):
+        found = scaled(hidden)
+    scale = 1 + 0.25 * scaled.departure[0] + 0.75 * scaled.departure[1]
+    assert torch.allclose(found, hidden @ scaled.weight.T * scale, atol=1e-6)
+
+
+def test_tied_blocks_are_a_mixture_of_bases():
+    """sum_k a_(c,k) B_k A_k with K = 2 is B diag(s_c) A with s_c constant on two halves."""
+    scaled, up = layer(blocks=2), normal(6, 4)
+    mixture = sum(
+        (1 + scaled.departure[1, k]) * up[:, 2 * k : 2 * k + 2] @ scaled.weight[2 * k : 2 * k + 2] for k in range(2)
+    )
+    assert torch.allclose(up @ torch.diag(scaled.coefficients()[1]) @ scaled.weight, mixture, atol=1e-6)
+    with pytest.raises(ValueError, match="3 blocks do not divide rank 4"):
+        layer(blocks=3)
+
+
+def test_regularisers_by_hand():
+    first, second = layer(n=2), layer(n=2)
+    with torch.no_grad():
+        first.departure.copy_(torch.tensor([[3.0, 0, 0, 0], [0, 4.0, 0, 0]]))
+        second.departure.zero_()
+        first.linear.weight.copy_(torch.eye(4, 5))
+        second.linear.weight.copy_(torch.tensor([[1.0, 0, 0, 0, 0]] * 4))
+    assert classes.shrinkage([first, second]) == 12.5
+    assert classes.orthogonality([first]) == 0 and classes.orthogonality([second]) == 12
+    assert classes.discrepancy([first, second], 0.0) == 0
+    assert classes.discrepancy([first, second], -0.5) == 0.5
+    assert classes.discrepancy([layer(n=1)], 0.0) == 0
+
+
+def test_one_class_without_a_departure_is_lora_to_the_bit(untrained):
+    noisy, text = rows(untrained)
+    plain = disturbed(BranchUNet(untrained.unet, 4, 0))
+    with_classes = BranchUNet(untrained.unet, 4, 0, classes=1, start=0.0)
+    state = {name.replace(".linear.", "."): value for name, value in plain.state_dict().items()}
+    own = with_classes.state_dict()
+    with_classes.load_state_dict({n: state.get(n.replace(".linear.", "."), value) for n, value in own.items()})
+    with torch.no_grad():
+        expected = plain(noisy, STEP, text)
+        assert torch.equal(with_classes(noisy, STEP, text, classes=torch.zeros(2, dtype=torch.long)), expected)
+        assert torch.equal(with_classes(noisy, STEP, text), expected)
+
+
+def test_a_mixed_batch_is_each_class_by_itself(untrained):
+    noisy, text = rows(untrained, 3)
+    branches = disturbed(BranchUNet(untrained.unet, 4, 0, classes=3))
+    of = torch.tensor([2, 0, 1])
+    with torch.no_grad():
+        together = branches(noisy, STEP, text, classes=of)
+        for i, k in enumerate(of):
+            pair = [i, 3 + i]
+            alone = branches(noisy[pair], STEP, text[pair], classes=k[None])
+            assert torch.allclose(together[pair], alone, atol=1e-4)
+            branches.fold(k[None])
+            assert (branches(noisy[pair], STEP, text[pair]) - alone).abs().max() < 1e-4 * alone.abs().max()
+            branches.unfold()
+        other = branches(noisy, STEP, text, classes=of.flip(0))
+    assert (other - together).abs().max() > 1e-3, "and classes tell"
+
+
+def test_an_adapter_call_keeps_the_coefficients(untrained):
+    branches = BranchUNet(untrained.unet, 4, 0, classes=2)
+    before = len(scaled_layers(branches))
+    branches.unet.set_adapter("part")
+    branches.unet.set_adapter(["image", "part"])
+    branches.check()
+    assert len(scaled_layers(branches)) == before == 8 * len(branches.processors)
+    assert all(found.departure.requires_grad for found in scaled_layers(branches))
+    copied = copy.deepcopy(branches)
+    assert all(a.rows is copied.rows for a in scaled_layers(copied)), "a copy has rows of its own"
+
+
+def test_the_counts_of_stable_diffusion():
+    """32 coefficients a LoRA, 32 layers of 4 projections in 2 branches: 8,192 a class; 3 gates of 2 numbers a layer."""
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(
+            sample_size=64, cross_attention_dim=768, attention_head_dim=8, block_out_channels=(320, 640, 1280, 1280),
+            layers_per_block=2, down_block_types=(*["CrossAttnDownBlock2D"] * 3, "DownBlock2D"),
+            up_block_types=("UpBlock2D", *["CrossAttnUpBlock2D"] * 3),
+        )  # fmt: skip
+    counts = BranchUNet(unet, 32, 0, classes=5, gates="neutral").counts()
+    assert counts["CSB"] == 5 * 8192 and counts["TDAM"] == 192 and round(counts["LoRA"] / 1e6, 2) == 12.75
+
+
+def test_neutral_gates_are_no_gates_to_the_bit(untrained):
+    noisy, text = rows(untrained)
+    plain, gated = (BranchUNet(untrained.unet, 4, 0, compensation=True, gates=kind) for kind in (None, "neutral"))
+    generous = disturbed(plain).state_dict()
+    gated.load_state_dict(generous, strict=False)
+    behind = normal(1, 12, 16, 16, seed=5)
+    with torch.no_grad():
+        looks = [b.background_features(behind, STEP, untrained.embed([""])) for b in (plain, gated)]
+        expected, found = (b(noisy, STEP, text, look) for b, look in zip((plain, gated), looks, strict=True))
+        assert torch.equal(found, expected)
+        next(p.gates for p in gated.processors).slope.fill_(1.0)
+        early, late = (gated(noisy, torch.tensor(t), text, looks[1]) for t in (900, 100))
+        same = [plain(noisy, torch.tensor(t), text, looks[0]) for t in (900, 100)]
+    assert not torch.equal(early, same[0]) and not torch.equal(late, same[1])
+
+
+def test_gates_by_hand():
+    tau = torch.tensor([0.0, 0.5, 1.0])
+    assert torch.equal(gates.Gates("neutral")(tau), torch.ones(3, 3))
+    prior = gates.Gates("prior")(tau)
+    assert torch.allclose(prior[0], 2 * torch.sigmoid(torch.tensor([-1.0, 0.0, 1.0])))
+    assert (prior[0].diff() > 0).all() and (prior[1].diff() < 0).all() and torch.equal(prior[1], prior[2])
+    fixed = gates.Gates("cosine")
+    assert torch.allclose(fixed(tau), torch.tensor([[0.0, 1, 2], [2, 1, 0], [2, 1, 0]]), atol=1e-6)
+    assert not list(fixed.parameters())
+
+
+def mask(*box):
+    found = torch.zeros(1, 1, 64, 64, dtype=torch.bool)
+    found[0, 0, box[0] : box[1], box[2] : box[3]] = True
+    return found
+
+
+def test_weights_by_hand():
+    """One of 16 x 16 cells inside, a band of eight around it and itself: 1 + 4 + 2, 1 + 2, and 1 elsewhere."""
+    found = guidance.spatial_weights(mask(32, 36, 32, 36), (16, 16), mask_weight=4, band_weight=2, radius=1)
+    total = 7 + 8 * 3 + (256 - 9)
+    assert found[0, 0, 8, 8] == pytest.approx(7 * 256 / total) and found[0, 0, 7, 8] == pytest.approx(3 * 256 / total)
+    assert found[0, 0, 0, 0] == pytest.approx(256 / total) and found.mean() == pytest.approx(1)
+
+
+def test_a_crack_of_one_pixel_weighs():
+    found = guidance.spatial_weights(mask(10, 11, 5, 60), (16, 16), mask_weight=4, band_weight=0)
+    assert found[0, 0, 2, 5] == pytest.approx(5 * found[0, 0, 9, 9].item())
+
+
+def test_a_large_defect_takes_half_at_most():
+    found = guidance.spatial_weights(mask(0, 64, 0, 28), (16, 16), mask_weight=4, band_weight=0)
+    assert found[0, 0, :, :7].sum() / found.sum() == pytest.approx(0.5)
+    most = guidance.spatial_weights(mask(0, 64, 0, 60), (16, 16), mask_weight=4, band_weight=0)
+    assert torch.allclose(most, torch.ones(1, 1, 16, 16)), "one that covers most is not favoured"
+
+
+def test_without_weights_all_are_one():
+    masks = torch.cat([mask(10, 20, 10, 30), torch.zeros(1, 1, 64, 64, dtype=torch.bool)])
+    assert torch.equal(
+        guidance.spatial_weights(masks, (16, 16), mask_weight=0, band_weight=0), torch.ones(2, 1, 16, 16)
+    )
+    soft = guidance.spatial_weights(masks, (16, 16), mask_weight=4, band_weight=0, softness=1.5)
+    assert soft[0, 0, 3, 9] > soft[0, 0, 3, 15] and torch.equal(soft[1], torch.ones(1, 16, 16))
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_min_snr_weights_are_the_errors_of_x0(kind):
+    """min(SNR, 5) |x_0 - x_0'|^2 for a wrong prediction, against diffusers' own x_0."""
+    scheduler = DDIMScheduler(prediction_type=kind, clip_sample=False)
+    clean, wrong, timesteps = normal(3, 4, 8, 8), normal(3, 4, 8, 8, seed=1), torch.tensor([20, 400, 900])
+    noisy, _, target = diffusion.noised(clean, scheduler, torch.Generator().manual_seed(0), timesteps)
+    scheduler.set_timesteps(1000)
+    weights = guidance.min_snr(timesteps, scheduler)
+    for i, t in enumerate(timesteps):
+        guess = scheduler.step(wrong[i : i + 1], t, noisy[i : i + 1]).pred_original_sample
+        alpha_bar = scheduler.alphas_cumprod[t]
+        expected = (alpha_bar / (1 - alpha_bar)).clamp_max(5) * (guess - clean[i : i + 1]).square()
+        assert torch.allclose(weights[i] * (wrong[i] - target[i]).square(), expected[0], rtol=2e-2, atol=1e-4)
