@@ -14,6 +14,8 @@ CAPTIONS = {
     "see of each defect; red outlines are the masks.",
     "mask_area": "How large the defects are: a dot is one real mask, the bar its defect's mean; DefectSynth "
     "interpolates masks in image space left of the dashed line and in latent space right of it.",
+    "symmetry": "What a defect breaks: a shot of each defect, and how it differs from itself under its own best "
+    "symmetry.",
     "fig_2_mask_sources": "Where masks can come from: real ones, thresholded Perlin noise, moved real ones, and "
     "interpolation between two real ones in image and in latent space; first draws, those framed red are drawn again.",
     "fig_2_inversion": "Masks carried to noise by DDIM inversion, and back: what latent interpolation starts from.",
@@ -61,7 +63,7 @@ CAPTIONS = {
 }  # fmt: skip
 # Drawn by the notebooks whose unit is a data set: for the first category of a batch only.
 OF_FIRST_CATEGORY = frozenset({
-    "fig_1_starting_point", "mask_area", "crop_paste_steps", "crop_paste_on_off", "defectsynth_blending",
+    "fig_1_starting_point", "mask_area", "symmetry", "crop_paste_steps", "crop_paste_on_off", "defectsynth_blending",
     "defectsynth_alignment", "defectsynth_weights", "defectsynth_weight_maps", "defectsynth_on_off",
     "defectsynth_fusion", "dualanodiff_branches", "dualanodiff_pairs", "dualanodiff_interaction",
     "dualanodiff_attention", "backbone_curves", "vae_round_trip", "schedule", "dualanodiff_fig_3_noising",
