@@ -200,7 +200,7 @@ figure
 # are those of held-out pictures of the generated world: the base model's own language.
 
 # %%
-pictures = [picture for picture in world.pool(12, 0) if picture.kind in ("surface", "object")][-4:]
+pictures = [picture for picture in world.pool(12, 0) if picture.kind in ("surface", "object")][-3:]
 prompts = [picture.prompt for picture in pictures]
 seen = []
 
@@ -336,7 +336,7 @@ shares.round(4)
 n, rows, gaps = 2, [], []
 for i, defect in enumerate(s.defects):
     mine = [shot.image for shot in shots if shot.defect == defect]
-    naive = card.draw(base, [s.prompts()[defect]] * 4, range(100 * i, 100 * i + 4))
+    naive = card.draw(base, [s.prompts()[defect]] * 4, range(100 * i, 100 * i + 4), size=s.size)
     rows.append([mine[0], *naive[:n]])
     apart, near = (torch.cdist(x.flatten(1), torch.stack(mine).flatten(1)) for x in (torch.stack(mine), naive))
     apart = apart.fill_diagonal_(torch.inf).amin(1)

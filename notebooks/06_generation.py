@@ -122,7 +122,7 @@ again
 
 # %%
 rows, labels, outlines = [], [], []
-n = 4
+n = 3
 for defect in s.defects:
     real = [shot for shot in s.shots(s.seeds[0]) if shot.defect == defect][:n]
     rows += [[shot.image for shot in real]]
@@ -146,8 +146,8 @@ figure
 # nearest shot of its defect, in the features of the profile's extractor. Compared is a square around the defect, as large
 # as the largest shot needs, because the rest of the image differs from shot to shot anyway. **A large distance says that a
 # sample is drawn least like any real defect.** That need not be wrong (a new, good one is far from the shots too), so held-out
-# real defects stand in the same table, and the twelve farthest samples of each method that learns are shown, to be judged by
-# eye.
+# real defects stand in the same table, and the twelve farthest samples of each method that learns are shown, the farthest
+# first, to be judged by eye.
 
 # %%
 extract, seed = features.load(s.settings.quality.extractor), s.seeds[0]
@@ -168,16 +168,15 @@ distances.groupby(["defect", "source"], sort=False)["distance"].describe()[["cou
 learning = [method for method in s.methods if s.method_of(method).needs_backbone] or list(s.methods)
 ranked = distances[distances["source"].isin(learning)].sort_values("distance", ascending=False, kind="stable")
 ranked = ranked.groupby("source").head(12).astype({"seed": int})
-rows, labels, outlines = [], [], []
+rows, outlines = [], []
 for method in learning:
-    own = ranked[ranked["source"] == method]
-    drawn = [sampling.read_pair(s.folder(method, seed).path, row.seed) for row in own.itertuples()]
-    real = [shots[row.defect][row.shot] for row in own.itertuples()]
-    rows += [[image for image, _ in drawn], [shot.image for shot in real]]
-    labels += [layout.method_title(method), "nearest shots"]
-    outlines += [[mask for _, mask in drawn], [shot.mask for shot in real]]
+    seeds = ranked.loc[ranked["source"] == method, "seed"]
+    drawn = [sampling.read_pair(s.folder(method, seed).path, one) for one in seeds]
+    rows.append([image for image, _ in drawn])
+    outlines.append([mask for _, mask in drawn])
 listed = ranked[["source", "defect", "seed", "distance"]].reset_index(drop=True)
-figure = figures.sheet(rows, row_labels=labels, outline_masks=outlines, scale=64 / s.size)
+titles = [layout.method_title(method) for method in learning]
+figure = figures.sheet(rows, row_labels=titles, outline_masks=outlines, scale=64 / s.size)
 figures.save(figure, folder, f"failures_{s.category}", listed)
 figure
 

@@ -37,9 +37,16 @@ def mini_images(per_kind: int = 4) -> dict[str, Tensor]:
     return found
 
 
-def draw(base: Backbone, prompts: Sequence[str], seeds: Sequence[int], steps: int = 30, scale: float = 3.0) -> Tensor:
-    """Zero-shot samples (N, 3, 64, 64), with classifier-free guidance."""
-    noise = noise_like(seeds, base.latent_shape(world.SIZE)).to(base.device)
+def draw(
+    base: Backbone,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    steps: int = 30,
+    scale: float = 3.0,
+    size: int = world.SIZE,
+) -> Tensor:
+    """Zero-shot samples (N, 3, size, size), with classifier-free guidance."""
+    noise = noise_like(seeds, base.latent_shape(size)).to(base.device)
     return base.decode(denoise(prompted(base, prompts, scale), noise, base.scheduler, steps))
 
 

@@ -9,7 +9,7 @@ CAPTIONS = {
     "fig_3_generated": "Real, mask, generated, as in DefectSynth Figs. 3 and 4: every defect's real images with "
     "outlined masks, the drawn masks, and what each method drew for them.",
     "failures": "Each method's twelve samples that are farthest from every shot of their defect, the farthest first, "
-    "and below each the nearest shot, masks outlined.",
+    "masks outlined.",
     "fig_1_starting_point": "The starting point, as in DefectSynth Fig. 1: normal images, and all that a method may "
     "see of each defect; red outlines are the masks.",
     "mask_area": "How large the defects are: a dot is one real mask, the bar its defect's mean; DefectSynth "
