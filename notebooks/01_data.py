@@ -189,7 +189,8 @@ for defect, value in mean_area.items():
 # The symmetry-aware system rests on a premise: defects are local and asymmetric, on a globally regular structure. Here it is a
 # number. Every shot is compared with itself under its own best symmetry (mirrored, turned, or moved by a period, whichever
 # correlates most); what differs is its residual, in grey levels of 255. Where the premise holds, it is larger inside the mask
-# than outside. A correlation far below 1 says that there is hardly a symmetry to break.
+# than outside. A correlation far below 1 says that there is hardly a symmetry to break. In the picture white is a difference
+# of 128 grey levels or more, and plain grey is where an image has no copy.
 
 # %%
 broken = pd.concat({d: symmetry.asymmetry([x.image for x in few], [x.mask for x in few]) for d, few in shots.items()})
@@ -202,7 +203,7 @@ medians.round(2)
 rows = []
 for few in shots.values():
     residual = symmetry.best_symmetry(few[0].image, few[0].mask).residual
-    rows.append([few[0].image, torch.from_numpy(residual).nan_to_num(0).div(255).clamp(0, 1).float()[None]])
+    rows.append([few[0].image, torch.from_numpy(residual).div(128).nan_to_num(0.5).clamp(0, 1).float()[None]])
 figure = figures.sheet(
     [list(column) for column in zip(*rows)], row_labels=["shot", "residual"], column_labels=list(shots),
     outline_masks=[[few[0].mask for few in shots.values()]] * 2,

@@ -111,7 +111,13 @@ spread.groupby(["pair", "n"])["kid"].agg(["mean", "std"]).round(4)
 # %%
 base = backbone.load(s.settings.backbone)
 kid = quality.names(s.settings.quality.extractor, s.settings.quality.perceptual)[0]
-of = own[(own["metric"] == kid) & own["method"].isin(s.methods)].groupby(["defect", "method"], sort=False)["value"].mean().unstack() * 1000
+of = (
+    own[(own["metric"] == kid) & own["method"].isin(s.methods)]
+    .groupby(["defect", "method"], sort=False)["value"]
+    .mean()
+    .unstack()
+    * 1000
+)
 for d in s.defects:
     pictures = s.real(d, seed)
     through = list(base.decode(base.encode(torch.stack(pictures))))

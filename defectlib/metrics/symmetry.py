@@ -20,7 +20,7 @@ from torch import Tensor
 from defectlib.images import to_uint8
 
 ANGLES = (30, 36, 40, 45, 60, 72, 90, 120, 180)
-OVERLAP = 0.4
+OVERLAP = 0.6
 """Least share of the image on which it is compared with its own copy."""
 PERIOD = 1 / 16
 """Least length of a period, as a share of the side: an image always resembles itself moved by a pixel."""

@@ -42,7 +42,7 @@ def turned():
 def test_the_symmetry_is_found_and_the_spot_breaks_it(field, kind):
     image, mask = spotted(field())
     found = symmetry.best_symmetry(image, mask)
-    assert found.kind == kind and found.correlation > 0.9
+    assert found.kind == kind and found.correlation > 0.85
     row = symmetry.asymmetry([image], [mask]).iloc[0]
     assert row["inside"] > 40 and row["outside"] < 3 and row["ratio"] > 10
     assert found.covered.sum() <= 36, "the spot's copy, where it lies in the image, is not counted as outside"
