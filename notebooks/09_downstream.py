@@ -64,7 +64,10 @@ scores = pd.DataFrame(
     columns=["method", "seed", "metric", "value"],
 )
 scores = scores.astype({"value": float})
-withheld = {m["protocol"]["why_withheld"] for r in records.values() for m in r["metrics"] if m["value"] is None}
+withheld = dict.fromkeys(
+    f"{name}: {m['protocol']['why_withheld']}"
+    for (name, _), record in records.items() for m in record["metrics"] if m["value"] is None
+)  # fmt: skip
 tested = bool(scores["value"].notna().any())
 print(*withheld, sep="\n")
 grouped = scores.groupby(["metric", "method"], sort=False)["value"]
@@ -99,8 +102,8 @@ figure
 # %% [markdown]
 # ## The worst misses
 #
-# The held-out defects whose pixels the localiser found least, for the last method and the first seed: image, truth and
-# the predicted probability of a defect.
+# The held-out defects whose pixels the localiser found least, for the last method that could be tested and the first seed:
+# image, truth and the predicted probability of a defect.
 
 
 # %%
@@ -115,8 +118,9 @@ def misses(method, seed):
     )  # fmt: skip
 
 
-figure = misses(rows[-1], s.seeds[0]) if tested else None
-if tested:
+localised = scores[(scores["metric"] == "pixel_ap") & (scores["seed"] == s.seeds[0]) & scores["value"].notna()]
+figure = misses(localised["method"].iloc[-1], s.seeds[0]) if len(localised) else None
+if figure is not None:
     figures.save(figure, folder, f"worst_misses_{s.category}")
 figure
 
