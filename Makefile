@@ -14,7 +14,7 @@ reproduce: .venv/complete  ## nine executed notebooks, the tables and the figure
 	$(PY) -m defectlib reproduce $(OPTIONS)
 
 test: .venv/complete  ## unit tests, then all notebooks through nbval on reduced settings
-	$(PY) -m pytest tests -n 2 --dist loadfile
+	$(PY) -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder
 	rm -rf runs/test
 	DEFECTLIB_RUNS=$(CURDIR)/runs/test DEFECTLIB_PROFILE=smoke $(PY) -m pytest notebooks --nbval-lax --nbval-current-env --nbval-cell-timeout 300 -n 2 --dist loadfile
 

@@ -11,6 +11,13 @@ from defectlib.pretrain import parts
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
+# Files that take minutes: first, so that two workers end together.
+LONG = ("test_reproduce.py", "test_real_data.py")
+
+
+def pytest_collection_modifyitems(items):
+    """The long files first, the others in their order."""
+    items.sort(key=lambda item: item.path.name not in LONG)
 
 
 @pytest.fixture(scope="session")
