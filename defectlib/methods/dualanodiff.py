@@ -61,10 +61,6 @@ class DualAnoDiff(PairMethod):
     title = "DualAnoDiff"
     scope = "defect"
 
-    def group(self, defect: str) -> str:
-        """One model a defect."""
-        return defect
-
     def parts(self) -> dict[str, Any]:
         """With the released form where it is asked for."""
         return super().parts() | {"released": self.config.released}

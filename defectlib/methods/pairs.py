@@ -143,8 +143,8 @@ class PairMethod:
             self.states[group], self.curves[group] = self._fit(group, own, seed, workdir)
 
     def group(self, defect: str) -> str:
-        """Which model draws a defect."""
-        raise NotImplementedError
+        """Which model draws a defect: one of its own, unless a method says otherwise."""
+        return defect
 
     def parts(self) -> dict[str, Any]:
         """What a model's branches have, for :class:`~defectlib.branches.Dual`."""
