@@ -38,6 +38,7 @@ class TurnRoute(Route):
     turn = ""
 
     def __call__(self, layer: nn.Module, arguments: tuple, named: dict) -> tuple[tuple, dict]:
+        self.calls += 1
         return arguments, named | {"adapter_names": [self.turn] * len(arguments[0])}
 
 
@@ -75,8 +76,9 @@ def trained(branches: BranchUNet) -> BranchUNet:
 
 def in_turn(branches: BranchUNet, base: Backbone) -> BranchUNet:
     """The reference form with the weights of ``branches``."""
-    other, route = BranchUNet(base.unet, RANK, 0), TurnRoute()
+    other = BranchUNet(base.unet, RANK, 0)
     other.load_state_dict(branches.state_dict())
+    other.route = route = TurnRoute()
     for layer in other.unet.modules():
         if isinstance(layer, LoraLayer):
             layer._forward_pre_hooks.clear()

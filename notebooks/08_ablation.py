@@ -48,7 +48,7 @@ import pandas as pd
 from IPython.display import display
 
 from defectlib import params, sampling, stages, study
-from defectlib.branches import background
+from defectlib.augmentation import background
 from defectlib.metrics import quality
 from defectlib.report import figures, layout, tables
 

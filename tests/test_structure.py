@@ -14,7 +14,7 @@ import pytest
 from defectlib import batch, params, paths
 
 ROOMS = [
-    *("paths", "types", "images", "params", "data", "masks"),
+    *("paths", "types", "images", "params", "data", "masks", "augmentation"),
     *("backbone", "attention", "diffusion", "control", "fusion", "training", "branches", "adaptation"),
     *("methods", "sampling", "metrics", "downstream", "pretrain", "prepare", "runs", "study", "stages"),
     *("published", "report", "doctor", "batch", "cli"),

@@ -9,11 +9,11 @@ background (BCM).
 from defectlib.branches.compensation import Compensation
 from defectlib.branches.dual import PROMPTS, Dual
 from defectlib.branches.interaction import FoldedInteraction, Interaction, pair_attention
-from defectlib.branches.learning import Pictures, background, crop_box, dual_loss, training_pictures
+from defectlib.branches.learning import dual_loss
 from defectlib.branches.routing import BRANCHES, lora
 from defectlib.branches.unet import BranchProcessor, BranchUNet
 
 __all__ = [
     "BRANCHES", "PROMPTS", "BranchProcessor", "BranchUNet", "Compensation", "Dual", "FoldedInteraction", "Interaction",
-    "Pictures", "background", "crop_box", "dual_loss", "lora", "pair_attention", "training_pictures",
+    "dual_loss", "lora", "pair_attention",
 ]  # fmt: skip

@@ -41,11 +41,11 @@ from torch import Tensor
 from defectlib import paths
 from defectlib.adaptation import adapt, restore
 from defectlib.attention import AttentionWeights, reweighted, selective_weights
+from defectlib.augmentation import training_pictures
 from defectlib.backbone import ENCODE_BATCH, Backbone
 from defectlib.control import denoising_loss, embedded_once, new_controlnet
 from defectlib.diffusion import denoise, dilated, noise_like, reach, to_latents
 from defectlib.fusion import fuse
-from defectlib.images import TURNS
 from defectlib.masks import alignment
 from defectlib.methods.base import MethodConfig, load_shots, register, save_shots
 from defectlib.training import Curve, FitSettings, State, fit
@@ -66,6 +66,8 @@ class DefectSynthConfig(MethodConfig):
             effect, and the base model draws by itself (zero-shot).
         schedule: Of the learning rate: constant as in the paper, or a cosine to zero, for short fits at a high rate.
         flips: Also train on every shot mirrored both ways and turned by half; the paper has no augmentation.
+        crops: Random square windows of each shot to train on besides the whole, where a thin mask meets the latents'
+            cells in other ways; the paper has none.
         mask_weight: Added to the loss's weight of 1 inside the mask; the paper has none.
         adapt_steps: Steps by which the base model is first adapted to the normal images (see ``adaptation``); the paper
             has none.
@@ -94,6 +96,7 @@ class DefectSynthConfig(MethodConfig):
     learning_rate: float = Field(1e-5, gt=0)
     schedule: Literal["constant", "cosine"] = "constant"
     flips: bool = False
+    crops: int = Field(0, ge=0)
     mask_weight: float = Field(0.0, ge=0)
     precision: Literal["no", "bf16"] = "no"
     gradient_checkpointing: bool = False
@@ -181,11 +184,9 @@ class DefectSynth:
         if config.adapt_steps:
             self._adapt(normals, seed, workdir / "adaptation")
         base = self.backbone
-        images, masks = (torch.stack([getattr(shot, part) for shot in shots]) for part in ("image", "mask"))
-        text = base.embed([prompts[shot.defect] for shot in shots])
-        if config.flips:
-            images, masks = (torch.cat([x.flip(turn) for turn in TURNS]) for x in (images, masks))
-            text = text.repeat(len(TURNS), 1, 1)
+        pictures = training_pictures(shots, seed, flips=config.flips, crops=config.crops)
+        images, masks = pictures.shown["image"], pictures.masks
+        text = base.embed([prompts[shots[i].defect] for i in pictures.of_shot])
         base.latent_shape(images.shape[-1])
         latents, hints = base.encode(images), masks.float().expand(-1, 3, -1, -1).to(base.device)
         weights = 1 + config.mask_weight * to_latents(masks, tuple(latents.shape[2:])).float().to(base.device)

@@ -21,8 +21,9 @@ from pydantic import Field
 from torch import Tensor
 
 from defectlib import paths
+from defectlib.augmentation import Pictures, background, training_pictures
 from defectlib.backbone import ENCODE_BATCH, Backbone
-from defectlib.branches import Dual, Pictures, background, dual_loss, training_pictures
+from defectlib.branches import Dual, dual_loss
 from defectlib.diffusion import denoise, noise_like
 from defectlib.masks.extraction import FLOOR, extract
 from defectlib.masks.interpolation import area_of, flaws

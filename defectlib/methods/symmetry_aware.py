@@ -20,7 +20,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from defectlib.branches import Dual, Pictures
+from defectlib.augmentation import Pictures
+from defectlib.branches import Dual
 from defectlib.branches.classes import START, discrepancy, orthogonality, scaled_layers, shrinkage
 from defectlib.branches.gates import Schedule
 from defectlib.branches.guidance import min_snr, spatial_weights

@@ -143,7 +143,8 @@ def test_training_options_change_the_weights_or_do_not(untrained, tmp_path):
     plain = weights()
     assert torch.equal(weights(gradient_checkpointing=True), plain), "the same sums, made twice"
     assert not untrained.unet.is_gradient_checkpointing, "others draw with this base model"
-    assert not torch.equal(weights(mask_weight=5.0), plain) and not torch.equal(weights(flips=True), plain)
+    for changes in ({"mask_weight": 5.0}, {"flips": True}, {"crops": 2}):
+        assert not torch.equal(weights(**changes), plain), changes
     assert 0 < (weights(precision="bf16") - plain).abs().max() < 0.01
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from defectlib import sampling
-from defectlib.branches import background, crop_box, training_pictures
+from defectlib.augmentation import background, crop_box, training_pictures
 from defectlib.diffusion import noise_like
 from defectlib.images import TURNS
 from defectlib.masks.extraction import extract
