@@ -34,7 +34,9 @@ SEEN = "mask_seen"
 SEEN_LEAST = 0.2
 # IoU from which a drawn mask counts as a shot's.
 COPIED_FROM = 0.95
-WITHHELD = ("accuracy", "f1_macro", "image_auroc", "image_ap", "pixel_auroc", "pixel_ap", "pixel_f1_50")
+WITHHELD = (
+    *("accuracy", "f1_macro", "image_auroc", "image_ap", "pixel_auroc", "pixel_ap", "pixel_f1_50"), *regions.INSTANCES,
+)  # fmt: skip
 
 
 def fit(s: Study, method: str, seed: int) -> dict[str, Any]:
@@ -207,7 +209,9 @@ def downstream(s: Study, method: str, seed: int) -> dict[str, Any]:
     """
     settings = s.settings.downstream
     source = [s.data_key(seed)] if method == SHOTS_ONLY else [sample(s, method, seed)["key"]]
-    values = {"downstream": settings.model_dump(), "defects": s.defects, "seed": seed}
+    values = {
+        "downstream": settings.model_dump(), "defects": s.defects, "seed": seed, "pro_limit": regions.PRO_LIMIT,
+    }  # fmt: skip
     folder, key = s.folder(method, seed), runs.stage_key(values, source)
     if (record := folder.complete("downstream", key)) is not None:
         return record
@@ -286,11 +290,13 @@ def _localisation(s: Study, folder: RunFolder, train: list, held_out: list, seed
     protocol = {
         "task": "localisation", **settings.model_dump(), "selection": models.SELECTION, "n_real": len(held_out),
         "n_train_real": len(train) if real else 0, "n_generated": 0 if real else len(train),
-        "left_out": offered - len(train),
-        "image_size": s.size, "final_loss": curve[-1],
+        "left_out": offered - len(train), "image_size": s.size, "final_loss": curve[-1],
+        "pro_limit": regions.PRO_LIMIT, "n_instances": len(regions.instances(truth)),
     }  # fmt: skip
-    scores = regions.pixel_metrics(maps, truth) | regions.image_metrics(
-        regions.image_scores(maps), truth.any(axis=(1, 2))
+    scores = (
+        regions.pixel_metrics(maps, truth)
+        | regions.image_metrics(regions.image_scores(maps), truth.any(axis=(1, 2)))
+        | regions.instance_metrics(maps, truth)
     )
     if undefined := regions.why_undefined(truth):
         protocol["why_withheld"] = undefined

@@ -3,6 +3,7 @@ import time
 
 import numpy as np
 import pytest
+from scipy import ndimage
 from sklearn.metrics import average_precision_score, f1_score, precision_recall_curve, roc_auc_score
 
 from defectlib.metrics import regions
@@ -59,6 +60,81 @@ def test_pixels_are_pooled_over_images():
     found = regions.pixel_metrics(maps, masks)
     assert found == {f"pixel_{name}": 1.0 for name in regions.SCORES}
     assert regions.why_undefined(masks) is None
+
+
+def test_hand_worked_instances():
+    """Two defects of two pixels and one, six pixels outside; a threshold at every score.
+
+    Above .9: one pixel of the first, none false; .8: a false one; .6: the second defect; .5: the first one whole, since
+    more than half of two pixels is both; then the rest. PRO to 1/2: up to 1/6 false 1/4 is found, from there 1.
+    """
+    maps = np.array([[[0.9, 0.5, 0.1], [0.0, 0.2, 0.8], [0.6, 0.1, 0.0]]])
+    masks = np.array([[[1, 1, 0], [0, 0, 0], [1, 0, 0]]], bool)
+    found = regions.instance_metrics(maps, masks, limit=0.5)
+    assert [len(places) for places in regions.instances(masks)] == [2, 1]
+    assert found["pro"] == pytest.approx((1 / 6 * 1 / 4 + 1 / 3 * 1) / 0.5)
+    assert found["iap"] == pytest.approx(0.5 * 2 / 3 + 0.5 * 3 / 4) and found["iap90"] == pytest.approx(3 / 4)
+
+
+def plain_instances(maps, masks, limit):
+    """The definitions, threshold by threshold and defect by defect."""
+    labelled = [ndimage.label(mask, np.ones((3, 3))) for mask in masks]
+    false, overlap, recall, precision = [0.0], [0.0], [], []
+    for threshold in np.unique(maps)[::-1]:
+        found = maps >= threshold
+        shares = np.array([found[i][ids == k].mean() for i, (ids, n) in enumerate(labelled) for k in range(1, n + 1)])
+        false.append(found[~masks].mean())
+        overlap.append(shares.mean())
+        recall.append((shares > 0.5).mean())
+        precision.append(masks[found].mean())
+    false, overlap, recall = map(np.array, (false, overlap, recall))
+    inside = false <= limit
+    edge = overlap[inside][-1] if limit in false else np.interp(limit, false, overlap)
+    area = np.trapezoid(np.r_[overlap[inside], edge], np.r_[false[inside], limit])
+    steps = np.diff(recall, prepend=0.0)
+    return {
+        "pro": area / limit, "iap": (steps * precision).sum(),
+        "iap90": next(p for p, r in zip(precision, recall) if r >= 0.9),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("limit", [0.05, 0.3, 1.0])
+def test_instances_against_the_plain_form(seed, limit):
+    """With few distinct scores too, where thresholds fall on ties and the limit falls between two of them."""
+    rng = np.random.default_rng(seed)
+    masks = ndimage.gaussian_filter(rng.normal(size=(3, 20, 20)), (0, 1.5, 1.5)) > 0.25
+    maps = np.round(np.clip(rng.normal(0.3 + 0.3 * masks, 0.25), 0, 1), 1 + seed % 3)
+    assert regions.instance_metrics(maps, masks, limit) == pytest.approx(plain_instances(maps, masks, limit), abs=1e-12)
+
+
+def test_pro_of_equal_defects_is_partial_auroc():
+    """Where all defects are of one size, the mean over defects is the mean over pixels; up to 1 it is AUROC itself."""
+    rng = np.random.default_rng(0)
+    masks = np.zeros((2, 16, 16), bool)
+    masks[:, 2:5, 2:5] = masks[:, 9:12, 9:12] = True
+    maps = np.round(np.clip(rng.normal(0.4 + 0.2 * masks, 0.2), 0, 1), 2)
+    assert regions.instance_metrics(maps, masks, 1.0)["pro"] == pytest.approx(
+        roc_auc_score(masks.ravel(), maps.ravel())
+    )
+    order = rng.permutation(2)
+    assert regions.instance_metrics(maps[order], masks[order]) == pytest.approx(regions.instance_metrics(maps, masks))
+
+
+def test_instances_of_one_class_are_undefined_and_wrong_arguments_refused():
+    nothing = np.zeros((1, 4, 4), bool)
+    assert set(regions.instance_metrics(np.zeros((1, 4, 4)), nothing).values()) == {None}
+    assert set(regions.instance_metrics(np.zeros((1, 4, 4)), ~nothing).values()) == {None}
+    with pytest.raises(ValueError, match="limit of PRO"):
+        regions.instance_metrics(np.zeros((1, 4, 4)), nothing, 0.0)
+    with pytest.raises(ValueError, match=r"maps must be \(N, H, W\)"):
+        regions.instance_metrics(np.zeros((4, 4)), nothing[0])
+
+
+def test_corners_join_a_defect_and_images_part_it():
+    masks = np.zeros((2, 3, 3), bool)
+    masks[0, 0, 0] = masks[0, 1, 1] = masks[1, 0, 0] = True
+    assert [places.tolist() for places in regions.instances(masks)] == [[0, 4], [9]]
 
 
 def test_image_metrics_keep_four_names():
@@ -120,12 +196,13 @@ def test_classification_by_hand():
 
 
 def test_four_million_pixels_in_seconds_and_bounded_memory():
+    """16 million take four times as long: `benchmarks/region_metrics.py` has 26."""
     rng = np.random.default_rng(0)
     masks = rng.random((61, 256, 256)) < 0.02
     maps = rng.random(masks.shape, dtype=np.float32) * 0.7 + 0.3 * masks
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     clock = time.perf_counter()
-    found = regions.pixel_metrics(maps, masks)
+    found = regions.pixel_metrics(maps, masks) | regions.instance_metrics(maps, masks)
     took = time.perf_counter() - clock
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20
     assert found["pixel_auroc"] == pytest.approx(roc_auc_score(masks.ravel(), maps.ravel()), abs=1e-9)
