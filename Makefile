@@ -8,10 +8,13 @@ OPTIONS = --profile "$(PROFILE)" --dataset "$(DATASET)" $(if $(DATA_ROOT),--data
   $(if $(CATEGORY),--category "$(CATEGORY)") $(if $(METHODS),--methods "$(METHODS)") $(if $(SEEDS),--seeds "$(SEEDS)") \
   $(if $(CORES),--cores "$(CORES)")
 
-.PHONY: reproduce test env lock notebooks figures backbone bench lint doctor
+.PHONY: reproduce claims test env lock notebooks figures backbone bench lint doctor
 
 reproduce: .venv/complete  ## nine executed notebooks, the tables and the figures
 	$(PY) -m defectlib reproduce $(OPTIONS)
+
+claims: .venv/complete  ## the papers' claims tested over three seeds: make reproduce SEEDS=0,1,2
+	$(MAKE) reproduce SEEDS=0,1,2
 
 test: .venv/complete  ## unit tests, then all notebooks through nbval on reduced settings
 	$(PY) -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder

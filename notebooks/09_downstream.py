@@ -46,7 +46,7 @@ import numpy as np
 import pandas as pd
 
 from defectlib import params, stages, study
-from defectlib.report import figures, layout, tables
+from defectlib.report import claims, figures, layout, tables
 
 p = params.read(globals())
 s = study.open_category(p)
@@ -136,6 +136,18 @@ layout.view(tables.build(results, "table_8"))
 
 # %%
 layout.view(tables.build(results, "table_9"))
+
+# %% [markdown]
+# ## Which claims held?
+#
+# The papers' comparative claims, tested on this category's runs: paired differences with a bootstrap interval. A verdict needs
+# four pairs of category and defect and three seeds, which `make claims` runs; its verdicts over the whole batch are in
+# `figures/claims.md` and on the report's page.
+
+# %%
+judged = claims.judge(results)
+print(judged.attrs["caption"])
+layout.view(judged)
 
 # %% [markdown]
 # ## What was found

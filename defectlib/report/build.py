@@ -8,7 +8,10 @@ from typing import Any
 import pandas as pd
 
 from defectlib import params, paths, prepare, study
-from defectlib.report import page, page_parts, tables
+from defectlib.report import claims, page, page_parts, tables
+
+CLAIM_SEEDS = [0, 1, 2]
+"""What `make claims` runs: a verdict needs three seeds, so only that batch's verdicts reach ``figures/``."""
 
 
 def manifests(parameters: params.Parameters, categories: list[str], seeds: list[int]) -> pd.DataFrame:
@@ -51,10 +54,13 @@ def report(batch: dict[str, Any]) -> Path:
     seeds = parameters.seeds or parameters.settings().seeds
     split = manifests(parameters, categories, seeds)
     built = {name: tables.build(results, name, manifests=split) for name in tables.NAMES}
-    for name, table in built.items():
+    judged = claims.judge(results)
+    for name, table in [*built.items(), (claims.NAME, judged)]:
         tables.write(table, folder, name)
     paths.write_text(folder / "results.csv", results.to_csv(index=False))
     pictures = {s: text for s, text in page_parts.captions(categories).items() if (folder / f"{s}.png").is_file()}
     if is_shipped(parameters, categories):
         publish(folder, [*built, *pictures])
-    return page.write_page(folder, built, results, pictures, parameters.dataset_folder().parents[1])
+    if is_shipped(parameters.model_copy(update={"seeds": None}), categories) and seeds == CLAIM_SEEDS:
+        publish(folder, [claims.NAME])
+    return page.write_page(folder, built, results, pictures, parameters.dataset_folder().parents[1], judged)

@@ -35,6 +35,7 @@ METRIC_TITLES = {
     "iap_gain": "IAP gain, points", "iap90_gain": "IAP90 gain, points",
 }  # fmt: skip
 EXTRACTORS = {"tiny": "tiny", "inception": "Inception", "alex": "AlexNet", "vgg": "VGG"}
+WHY = "Why not "
 ARROWS = {True: " ↑", False: " ↓", None: ""}
 DIGITS = {"kid": 1, "is": 2, "lpips": 3, "ic-lpips": 3, "mask_iou": 2}
 LATEX = {
@@ -125,6 +126,8 @@ def was_run(table: pd.DataFrame) -> pd.Series:
 
 def blocks(table: pd.DataFrame) -> list[Block]:
     """The pieces of a built table in reading order: what was run, then the published table."""
+    if table.attrs["name"] == "claims":
+        return _claim_blocks(table)
     run = table[was_run(table)]
     found = [_run_block(run)] if len(run) else []
     return found + _published_blocks(table)
@@ -157,7 +160,7 @@ def _run_block(run: pd.DataFrame) -> Block:
         "Published": [number(r.published, r.metric, printed=True) for r in run.itertuples()],
         "Reproduced ± sd (n)": [reproduced_text(r) for r in run.itertuples()],
         "Δ": [number(r.delta, r.metric, sign=True, beside=r.reproduced) for r in run.itertuples()],
-        "Why not comparable": [", ".join(codes(why)) for why in run["why"]],
+        WHY + "comparable": [", ".join(codes(why)) for why in run["why"]],
     })  # fmt: skip
     title = "Reproduced"
     if cells["Data set"].nunique() == 1:
@@ -194,6 +197,38 @@ def _published_blocks(table: pd.DataFrame) -> list[Block]:
     ]
 
 
+def _claim_blocks(table: pd.DataFrame) -> list[Block]:
+    """The comparisons that were run, then those that were not."""
+
+    def block(title: str, rows: pd.DataFrame) -> Block:
+        cells = pd.DataFrame({
+            "Paper": rows["paper"], "Claim": [f"{r.claim} ({r.source})" for r in rows.itertuples()],
+            "Who": rows["method"].map(method_title), "Against": rows["against"].map(method_title),
+            "Measure": [
+                METRIC_TITLES.get(r.metric, r.metric) + ARROWS[r.better == "higher"] for r in rows.itertuples()
+            ],
+            "Verdict": rows["verdict"],
+            "Published": [
+                " / ".join(number(v, r.metric, printed=True) or "–" for v in (r.published, r.published_against))
+                if pd.notna(r.published) or pd.notna(r.published_against) else ""
+                for r in rows.itertuples()
+            ],
+            "Difference": [
+                "" if pd.isna(r.difference) else f"{number(r.difference, r.metric, sign=True)} "
+                f"[{number(r.low, r.metric, sign=True, beside=r.difference)}, "
+                f"{number(r.high, r.metric, sign=True, beside=r.difference)}]"
+                for r in rows.itertuples()
+            ],
+            "Pairs × seeds": [f"{r.pairs} × {r.seeds}" if r.pairs else "" for r in rows.itertuples()],
+            WHY + "decided": rows["why"],
+        })  # fmt: skip
+        return Block(title, cells, 6, False)
+
+    run = table[table["pairs"] > 0]
+    pieces = [("Run here", run), ("Not run here", table[table["pairs"] == 0])]
+    return [block(title, rows) for title, rows in pieces if len(rows)]
+
+
 def _pivot(title: str, rows: pd.DataFrame, index: str, columns: str) -> Block:
     titles = {"method": method_title, "metric": metric_title, "category": str}
     wide = rows.pivot(index=index, columns=columns, values="text")
@@ -212,7 +247,7 @@ def markdown(table: pd.DataFrame) -> str:
     parts = [f"**{_markdown_text(table.attrs['caption'])}**", _markdown_text(table.attrs["note"])]
     for block in blocks(table):
         names = list(block.cells.columns)
-        numeric = [i >= block.labels and name != "Why not comparable" for i, name in enumerate(names)]
+        numeric = [i >= block.labels and not name.startswith(WHY) for i, name in enumerate(names)]
         rule = "| " + " | ".join("---:" if right else "---" for right in numeric) + " |"
         rows = [line(list(row)) for row in labelled_once(block).itertuples(index=False, name=None)]
         parts += [f"**{_markdown_text(block.title)}**", "\n".join([line(names), rule, *rows])]
@@ -234,8 +269,10 @@ def latex(table: pd.DataFrame) -> str:
     for i, block in enumerate(pieces):
         cells = labelled_once(block).map(latex_text)
         cells.columns = [latex_text(name) for name in block.cells.columns]
-        last = block.cells.columns[-1] == "Why not comparable"
-        columns = "l" * block.labels + "r" * (cells.shape[1] - block.labels - last) + (r"p{48mm}" if last else "")
+        columns = "".join(
+            r"p{48mm}" if name == "Claim" or name.startswith(WHY) else "l" if j < block.labels else "r"
+            for j, name in enumerate(block.cells.columns)
+        )
         body = cells.style.hide(axis="index").to_latex(hrules=True, column_format=columns)
         words = "; ".join(f"{code}: {text}" for code, text in legend(table).items()) if block.reproduced else ""
         head = table.attrs["caption"] if block.reproduced or i == 0 else table.attrs["title"]

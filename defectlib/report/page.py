@@ -32,6 +32,7 @@ def write_page(
     results: pd.DataFrame,
     figures: Mapping[str, str],
     runs_root: Path | str | None = None,
+    claims: pd.DataFrame | None = None,
 ) -> Path:
     """Write ``folder/report.html`` and return its path.
 
@@ -41,6 +42,7 @@ def write_page(
         results: Rows of ``runs.collect()`` that the page is about; may be empty.
         figures: Stem -> caption of the PNG files in ``folder`` to show, in order; others that lie there are not shown.
         runs_root: The runs folder; given, the run stamps also show the package versions from the stage files.
+        claims: What ``claims.judge`` said of the results.
 
     Raises:
         FileNotFoundError: A picture or a stage file that is named does not exist.
@@ -54,10 +56,11 @@ def write_page(
         _state(results),
         "</header><main>",
         *[_picture(path, text) for path, text in pictures[:1]],
-        _contents(tables, pictures),
+        _contents(tables, pictures, claims),
         f'<p class="note">{READING}</p>',
         '<h2 id="tables">Tables</h2>',
         *[_table(table) for table in tables.values()],
+        *([_claims(claims)] if claims is not None else []),
     ]
     if pictures[1:]:
         parts += ['<h2 id="pictures">Pictures</h2>', *[_picture(path, text) for path, text in pictures[1:]]]
@@ -123,12 +126,15 @@ def _state(results: pd.DataFrame) -> str:
     return f'<ul class="state">{"".join(cells)}</ul>'
 
 
-def _contents(tables: Mapping[str, pd.DataFrame], pictures: list) -> str:
+def _contents(tables: Mapping[str, pd.DataFrame], pictures: list, claims: pd.DataFrame | None) -> str:
     rows = []
     for table in tables.values():
         made = int(table["reproduced"].notna().sum())
         count = _count(made, "cell run here", "cells run here") if made else "published only"
         rows.append((table.attrs["name"], table.attrs["title"].rstrip("."), count))
+    if claims is not None:
+        tested = _count(int((claims["pairs"] > 0).sum()), "comparison", "comparisons")
+        rows.append((claims.attrs["name"], claims.attrs["title"].rstrip("."), f"{tested} run here"))
     if pictures[1:]:
         rows.append(("pictures", "Pictures", str(len(pictures) - 1)))
     rows.append(("runs", "Runs: device, code, time", ""))
@@ -160,6 +166,22 @@ def _table(table: pd.DataFrame) -> str:
     return "\n".join(parts)
 
 
+def _claims(table: pd.DataFrame) -> str:
+    """The claims that were run here; the others are folded."""
+    run, rest = (table["pairs"] > 0).any(), (table["pairs"] == 0).any()
+    tag = '<span class="tag ran">run here</span>' if run else '<span class="tag published">published only</span>'
+    said = f"{table.attrs['caption']} {table.attrs['note']}"
+    parts = [
+        f'<section><h3 id="{escape(table.attrs["name"])}">{escape(table.attrs["title"].rstrip("."))}{tag}</h3>',
+        f'<p class="note">{escape(said)}</p>',
+    ]
+    pieces = layout.blocks(table)
+    parts += [f"<h4>{escape(b.title)}</h4>{_html(b)}" for b in pieces[: int(run)]]
+    if rest:
+        parts.append(f"<details><summary>Claims about systems not run here</summary>{_html(pieces[-1])}</details>")
+    return "\n".join([*parts, "</section>"])
+
+
 def _open(table: pd.DataFrame) -> str:
     """A short table that is published only stands open: it is all there is to see."""
     return " open" if len(table) <= 30 else ""
@@ -188,7 +210,7 @@ def _html(block: Block) -> str:
         same = above is not None
         for i, text in enumerate(row):
             same = same and i < block.labels and text == above[i]
-            if names[i] == "Why not comparable":
+            if names[i] == layout.WHY + "comparable":
                 cells.append(f'<td class="why">{"".join(_code(c) for c in text.split(", ") if c)}</td>')
             elif same:
                 cells.append(f'<td class="again">{escape(text)}</td>')
@@ -205,7 +227,7 @@ def _html(block: Block) -> str:
 
 
 def _numeric(block: Block, i: int) -> str:
-    return ' class="n"' if i >= block.labels and block.cells.columns[i] != "Why not comparable" else ""
+    return ' class="n"' if i >= block.labels and not block.cells.columns[i].startswith(layout.WHY) else ""
 
 
 def _pictures(folder: Path, figures: Mapping[str, str]) -> list[tuple[Path, str]]:

@@ -95,7 +95,7 @@ def _reproduced(results: pd.DataFrame, spec: Spec, printed: pd.DataFrame) -> pd.
         return pd.DataFrame(columns=OURS).astype({"reproduced": float, "sd": float, "n": float})
     rows = rows[rows["split"] == rows["dataset"].map(_chosen_splits(rows, spec))]
     kinds = rows["metric"].map(published.kind)
-    rows = rows.assign(value=pd.to_numeric(rows["value"]) * kinds.map(_scale), dirty=rows["dirty"].astype(bool))
+    rows = rows.assign(value=pd.to_numeric(rows["value"]) * kinds.map(scale), dirty=rows["dirty"].astype(bool))
     rows = _as_hours(rows, printed)
     # First over the defects of a seed, as the paper averages.
     per_seed = rows.groupby(["profile", "split", *KEY, "seed"], sort=True).agg(
@@ -137,7 +137,8 @@ def _chosen_splits(rows: pd.DataFrame, spec: Spec) -> dict[str, str]:
     }
 
 
-def _scale(kind: str) -> float:
+def scale(kind: str) -> float:
+    """What a stored value is multiplied by to be shown: KID by 1,000, shares to percent."""
     return 1000.0 if kind == "kid" else 100.0 if kind in published.PERCENT else 1.0
 
 

@@ -1,0 +1,126 @@
+"""The papers' claims as data, and what is said of them."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from defectlib import published
+from defectlib.metrics import regions
+from defectlib.published.claims import load, printed
+from defectlib.report import claims, layout, page, tables
+
+CELLS = [("brick", "crack"), ("brick", "stain"), ("gear", "crack"), ("gear", "corrosion")]
+
+
+def results(
+    metric="tiny-kid", gain=-0.01, noise=0.001, seeds=3, cells=CELLS, methods=("defectsynth", "defectsynth_no_hmi")
+):
+    """The second method's numbers, and the first one's that are ``gain`` away from them."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for category, defect in cells:
+        for seed in range(seeds):
+            base = rng.normal(0.1, 0.05)
+            for method in methods:
+                value = base + (gain + rng.normal(0, noise) if method == methods[0] else 0.0)
+                rows.append((category, method, seed, defect, metric, value))
+    frame = pd.DataFrame(rows, columns=["category", "method", "seed", "defect", "metric", "value"])
+    return frame.assign(dataset="mini", profile="demo", split="first_third")
+
+
+def told(table, name):
+    return table[table["id"] == name].iloc[0]
+
+
+def test_claims_are_well_formed():
+    every = load()
+    assert len({claim.id for claim in every}) == len(every) >= 20
+    assert {claim.paper for claim in every} == set(published.PAPERS.values())
+    known = set(published.METHODS.values()) | {"dualanodiff_no_interaction", "dualanodiff_compensated"}
+    for claim in every:
+        assert {claim.method, *claim.against} <= known, claim.id
+        assert claim.metric in layout.METRIC_TITLES, claim.id
+
+
+def test_the_printed_numbers_bear_the_claims_out():
+    compared = 0
+    for claim in load():
+        for against in claim.against:
+            ours, theirs = printed(claim, claim.method), printed(claim, against)
+            if ours is not None and theirs is not None:
+                compared += 1
+                assert ours < theirs if claim.better == "lower" else ours > theirs, (claim.id, against, ours, theirs)
+    assert compared >= 30
+
+
+@pytest.mark.parametrize("gain, verdict", [(-0.01, claims.HELD), (0.01, claims.NOT_HELD), (0.0, claims.OPEN)])
+def test_verdicts_follow_the_difference(gain, verdict):
+    row = told(claims.judge(results(gain=gain)), "ds-hmi-kid")
+    assert row["verdict"] == verdict and (row["pairs"], row["seeds"]) == (4, 3)
+    assert row["difference"] == pytest.approx(1000 * gain, abs=1.5) and row["low"] <= row["difference"] <= row["high"]
+    assert (row["why"] == "the interval touches zero") == (verdict == claims.OPEN)
+
+
+@pytest.mark.parametrize("few", [{"seeds": 2}, {"cells": CELLS[:3]}])
+def test_no_verdict_from_too_little(few):
+    row = told(claims.judge(results(**few)), "ds-hmi-kid")
+    assert row["verdict"] == claims.OPEN and "4 pairs and 3 seeds" in row["why"]
+
+
+def test_what_was_not_run_says_so():
+    table = claims.judge(results())
+    assert table["pairs"].is_monotonic_decreasing, "what was run comes first"
+    assert "adabldm" in told(table, "ada-iap")["why"] and told(table, "ada-iap")["verdict"] == claims.OPEN
+    empty = claims.judge(results().iloc[:0])
+    assert set(empty["verdict"]) == {claims.OPEN} and not empty["pairs"].any()
+    withheld = claims.judge(results().assign(value=np.nan))
+    assert told(withheld, "ds-hmi-kid")["why"].startswith("withheld")
+
+
+def test_pairs_are_within_seed_and_category():
+    """A spread between categories a hundred times the gain hides nothing."""
+    frame = results(noise=0.0)
+    frame["value"] += frame["category"].map({"brick": 0.0, "gear": 1.0}) + frame["seed"]
+    row = told(claims.judge(frame), "ds-hmi-kid")
+    assert row["low"] == pytest.approx(-10) and row["high"] == pytest.approx(-10)
+
+
+def test_a_downstream_score_counts_for_all_defects_of_its_category():
+    methods = ("defectsynth", "shots_only")
+    scores = results("pixel_ap", 0.05, cells=[("brick", ""), ("gear", "")], methods=methods)
+    drawn = results("mask_area", methods=methods)
+    row = told(claims.judge(pd.concat([scores, drawn])), "ds-pixel-ap")
+    assert (row["pairs"], row["seeds"], row["verdict"]) == (4, 3, claims.HELD)
+    assert row["difference"] == pytest.approx(5, abs=0.2), "percent"
+
+
+def test_the_interval_of_one_row_is_the_plain_bootstrap():
+    values = np.random.default_rng(1).normal(size=(40, 1))
+    low, high = claims.interval(values)
+    half = 1.96 * values.std() / 40**0.5
+    assert (low, high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.15 * half)
+    gappy = np.where(np.arange(40)[:, None] % 4 == 0, np.nan, values)
+    assert np.isfinite(claims.interval(gappy)).all()
+
+
+def test_the_table_reads_in_every_form(tmp_path):
+    table = claims.judge(results())
+    csv, markdown, latex = (file.read_text() for file in tables.write(table, tmp_path, claims.NAME))
+    assert csv.count("\n") == len(table) + 1 and "held" in markdown.split("Not run here")[0]
+    assert latex.count(r"\begin{table}") == latex.count(r"\end{table}") >= 2
+    text = page.write_page(tmp_path, {}, results().iloc[:0], {}, claims=table).read_text()
+    assert '<h3 id="claims">' in text and 'href="#claims"' in text and "1 comparison run here" in text
+
+
+def test_every_score_that_a_claim_names_is_made():
+    made = {*(f"pixel_{s}" for s in regions.SCORES), *(f"image_{s}" for s in regions.SCORES), *regions.INSTANCES}
+    scores = {c.metric for c in load()} - {
+        "kid",
+        "is",
+        "lpips",
+        "ic-lpips",
+        "mask_iou",
+        "mask_seen",
+        "seconds_per_image",
+    }
+    assert scores - {"accuracy", "f1_macro"} <= made
