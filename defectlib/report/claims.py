@@ -51,8 +51,8 @@ def judge(results: pd.DataFrame) -> pd.DataFrame:
             f"Differences are paired within category, defect and seed; in brackets the {LEVEL:.0%} interval of a "
             f"bootstrap over pairs and seeds. A verdict needs {LEAST_PAIRS} pairs of category and defect, "
             f"{LEAST_SEEDS} seeds, and an interval off zero. A downstream score is one number for all defects of a "
-            "category, so there the categories are drawn anew: two make a rough interval. On mini with the small base model a verdict is "
-            "about this machinery at this scale, and says nothing about the paper's own setting."
+            "category, so there the categories are drawn anew: two make a rough interval. On mini with the small base "
+            "model a verdict is about this machinery at this scale, and says nothing about the paper's own setting."
         ),
     }  # fmt: skip
     return table

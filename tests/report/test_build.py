@@ -48,6 +48,17 @@ def test_the_shipped_batch_is_copied_without_commits_and_times(tiny_parameters, 
     assert all(file.read_bytes() == (page.parent / file.name).read_bytes() for file in figures_in_git.iterdir())
 
 
+def test_three_seeds_of_the_whole_batch_ship_their_verdicts_alone(tiny_parameters, figures_in_git, monkeypatch):
+    monkeypatch.setattr(build, "is_shipped", lambda parameters, categories: parameters.seeds is None)
+    two, three = ({"seeds": seeds} for seeds in ([0, 1], build.CLAIM_SEEDS))
+    for change, stems in ((two, set()), (three, {"claims"})):
+        category = study.open_category(tiny_parameters).category
+        parameters = tiny_parameters.model_copy(update=change)
+        build.report({"parameters": parameters.model_dump(exclude_none=True), "categories": [category]})
+        found = figures_in_git.iterdir() if figures_in_git.exists() else ()
+        assert {file.stem for file in found} == stems
+
+
 def test_only_the_whole_default_batch_on_mini_at_demo_is_shipped(monkeypatch):
     monkeypatch.setattr(build.prepare, "categories", lambda parameters: ["brick", "gear"])
     monkeypatch.setattr(paths, "RUNS", paths.ROOT / "runs")

@@ -12,9 +12,10 @@ from defectlib.report import claims, layout, page, tables
 CELLS = [("brick", "crack"), ("brick", "stain"), ("gear", "crack"), ("gear", "corrosion")]
 
 
-def results(
-    metric="tiny-kid", gain=-0.01, noise=0.001, seeds=3, cells=CELLS, methods=("defectsynth", "defectsynth_no_hmi")
-):
+ABLATION = ("defectsynth", "defectsynth_no_hmi")
+
+
+def results(metric="tiny-kid", gain=-0.01, noise=0.001, seeds=3, cells=CELLS, methods=ABLATION):
     """The second method's numbers, and the first one's that are ``gain`` away from them."""
     rng = np.random.default_rng(0)
     rows = []
@@ -114,13 +115,6 @@ def test_the_table_reads_in_every_form(tmp_path):
 
 def test_every_score_that_a_claim_names_is_made():
     made = {*(f"pixel_{s}" for s in regions.SCORES), *(f"image_{s}" for s in regions.SCORES), *regions.INSTANCES}
-    scores = {c.metric for c in load()} - {
-        "kid",
-        "is",
-        "lpips",
-        "ic-lpips",
-        "mask_iou",
-        "mask_seen",
-        "seconds_per_image",
-    }
+    others = {"kid", "is", "lpips", "ic-lpips", "mask_iou", "mask_seen", "seconds_per_image"}
+    scores = {claim.metric for claim in load()} - others
     assert scores - {"accuracy", "f1_macro"} <= made
