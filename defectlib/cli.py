@@ -1,4 +1,4 @@
-"""``python -m defectlib …``: reproduce, report, doctor, audit, and the single job that Snakemake starts."""
+"""``python -m defectlib …``: reproduce, report, export, doctor, audit, and the single job that Snakemake starts."""
 
 from __future__ import annotations
 
@@ -66,6 +66,13 @@ def parser() -> argparse.ArgumentParser:
     book.add_argument("--profile", default="demo")
     book.add_argument("names", nargs="*", help="for example 07_quality; default all")
     book.set_defaults(run=_notebooks)
+
+    export = commands.add_parser("export", help="a run's samples in MVTec AD's layout, for other tools")
+    _data_options(export)
+    export.add_argument("--method", required=True, help="for example defectsynth, or a variant")
+    export.add_argument("--seed", type=int, default=0)
+    export.add_argument("--to", required=True, type=Path, help="a new folder")
+    export.set_defaults(run=_export)
 
     audit = commands.add_parser("audit", help="what is wrong with a data folder; changes nothing")
     _data_options(audit)
@@ -170,6 +177,13 @@ def _notebooks(a: argparse.Namespace) -> int:
         raise ValueError(f"there is no notebook '{unknown[0]}'; there are: {', '.join(batch.NOTEBOOKS)}")
     for name in a.names or batch.NOTEBOOKS:
         print(name, f"{batch.execute_in_place(name, a.profile):.0f} s", flush=True)
+    return 0
+
+
+def _export(a: argparse.Namespace) -> int:
+    from defectlib.export import export
+
+    print(export(_parameters(a), a.method, a.seed, a.to).to_string(index=False))
     return 0
 
 

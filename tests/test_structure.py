@@ -16,7 +16,7 @@ from defectlib import batch, params, paths
 ROOMS = [
     *("paths", "types", "images", "params", "data", "masks", "augmentation"),
     *("backbone", "attention", "diffusion", "control", "fusion", "training", "branches", "adaptation"),
-    *("methods", "sampling", "metrics", "downstream", "pretrain", "prepare", "runs", "study", "stages"),
+    *("methods", "sampling", "metrics", "downstream", "pretrain", "prepare", "runs", "study", "stages", "export"),
     *("published", "report", "doctor", "batch", "cli"),
 ]
 NOTEBOOKS = sorted(batch.NOTEBOOKS)
