@@ -23,7 +23,9 @@ class Claim(Strict):
         against: Whom it is better than; each is a comparison of its own.
         metric: The measure without its extractor ("kid"), see ``published.kind``.
         better: Which way is better.
-        table: The published table whose averages stand behind it; None where the paper's text has no numbers.
+        data: The data sets that it is stated for.
+        category: The one category that it is stated for; None: the average over all.
+        table: The published table with the numbers behind it; None where the paper prints none of both sides.
     """
 
     id: str
@@ -34,6 +36,8 @@ class Claim(Strict):
     against: list[str]
     metric: str
     better: Literal["lower", "higher"]
+    data: list[str]
+    category: str | None = None
     table: str | None = None
 
 
@@ -44,13 +48,13 @@ def load() -> tuple[Claim, ...]:
 
 
 def printed(claim: Claim, method: str) -> float | None:
-    """A system's published number behind a claim (the average on MVTec AD, or the one category), or None."""
+    """A system's published number behind a claim, for the first of its data sets; None where there is none."""
     if claim.table is None:
         return None
     rows = published.table(claim.table)
-    rows = rows[(rows["method"] == method) & (rows["dataset"] == "mvtec_ad")]
-    kind = "pixel_f1" if claim.table == "headline" and claim.metric == "pixel_f1_max" else claim.metric
-    rows = rows[(rows["metric"].map(published.kind) == kind) & rows["value"].notna()]
-    averages = rows[rows["category"] == published.AVERAGE]
-    values = (averages if len(averages) else rows)["value"]
+    rows = rows[(rows["method"] == method) & (rows["dataset"] == claim.data[0]) & rows["value"].notna()]
+    rows = rows[rows["category"] == (claim.category or published.AVERAGE)]
+    # The papers name no threshold for these F1: the best one stands for it.
+    kinds = {claim.metric, claim.metric.removesuffix("_max")}
+    values = rows.loc[rows["metric"].map(published.kind).isin(kinds), "value"]
     return float(values.iloc[0]) if len(values) else None

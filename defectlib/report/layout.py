@@ -36,8 +36,10 @@ METRIC_TITLES = {
 }  # fmt: skip
 EXTRACTORS = {"tiny": "tiny", "inception": "Inception", "alex": "AlexNet", "vgg": "VGG"}
 WHY = "Why not "
+# LaTeX: a column specification of as many letters, widths included, is wider than a page.
+WIDE = 20
 ARROWS = {True: " ↑", False: " ↓", None: ""}
-DIGITS = {"kid": 1, "is": 2, "lpips": 3, "ic-lpips": 3, "mask_iou": 2}
+DIGITS = {"kid": 1, "is": 2, "lpips": 3, "ic-lpips": 3, "mask_iou": 2, "mask_seen": 2}
 LATEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "×": r"$\times$", "³": r"$^3$",
@@ -198,35 +200,44 @@ def _published_blocks(table: pd.DataFrame) -> list[Block]:
 
 
 def _claim_blocks(table: pd.DataFrame) -> list[Block]:
-    """The comparisons that were run, then those that were not."""
+    """The comparisons that were tested, then those that were not."""
+    tested = table["cells"] > 0
+    pieces = [("Tested here", table[tested], 6), ("Not tested here", table[~tested], 5)]
+    return [Block(title, _claim_cells(rows), labels, False) for title, rows, labels in pieces if len(rows)]
 
-    def block(title: str, rows: pd.DataFrame) -> Block:
-        cells = pd.DataFrame({
-            "Paper": rows["paper"], "Claim": [f"{r.claim} ({r.source})" for r in rows.itertuples()],
-            "Who": rows["method"].map(method_title), "Against": rows["against"].map(method_title),
-            "Measure": [
-                METRIC_TITLES.get(r.metric, r.metric) + ARROWS[r.better == "higher"] for r in rows.itertuples()
-            ],
-            "Verdict": rows["verdict"],
-            "Published": [
-                " / ".join(number(v, r.metric, printed=True) or "–" for v in (r.published, r.published_against))
-                if pd.notna(r.published) or pd.notna(r.published_against) else ""
-                for r in rows.itertuples()
-            ],
-            "Difference": [
-                "" if pd.isna(r.difference) else f"{number(r.difference, r.metric, sign=True)} "
-                f"[{number(r.low, r.metric, sign=True, beside=r.difference)}, "
-                f"{number(r.high, r.metric, sign=True, beside=r.difference)}]"
-                for r in rows.itertuples()
-            ],
-            "Pairs × seeds": [f"{r.pairs} × {r.seeds}" if r.pairs else "" for r in rows.itertuples()],
-            WHY + "decided": rows["why"],
-        })  # fmt: skip
-        return Block(title, cells, 6, False)
 
-    run = table[table["pairs"] > 0]
-    pieces = [("Run here", run), ("Not run here", table[table["pairs"] == 0])]
-    return [block(title, rows) for title, rows in pieces if len(rows)]
+def _claim_cells(rows: pd.DataFrame) -> pd.DataFrame:
+    """The comparisons as text; columns about a test only where there was one."""
+    printed = [
+        " / ".join(number(v, r.metric, printed=True) or "–" for v in (r.published, r.published_against))
+        if pd.notna(r.published) or pd.notna(r.published_against) else ""
+        for r in rows.itertuples()
+    ]  # fmt: skip
+    columns = {
+        "Paper": rows["paper"], "Claim": [f"{r.claim} ({r.source}; {r.data})" for r in rows.itertuples()],
+        "Who": rows["method"].map(method_title), "Against": rows["against"].map(method_title),
+        "Measure": rows["measured"].map(metric_title),
+    }  # fmt: skip
+    if (rows["cells"] > 0).any():
+        columns |= {
+            "Verdict": rows["verdict"], "Published": printed,
+            "Difference": [_interval_text(r) for r in rows.itertuples()],
+            "n": [f"{r.cells} {r.of} × {r.seeds}" for r in rows.itertuples()],
+        }  # fmt: skip
+    else:
+        columns |= {"Published": printed}
+    return pd.DataFrame(columns | {WHY + "decided": rows["why"]})
+
+
+def _interval_text(row) -> str:
+    """``+0.12 [+0.03, +0.20]``, with as many decimals as keep the bound nearest to zero off zero."""
+    digits = DIGITS.get(row.metric, 1)
+    if published.UNITS.get(row.metric) in ("h", "s", "1/s"):
+        digits = _decimals(row.difference)
+    nearest = min(abs(row.low), abs(row.high))
+    if nearest > 0:
+        digits = min(4, max(digits, -floor(log10(nearest))))
+    return f"{row.difference:+.{digits}f} [{row.low:+.{digits}f}, {row.high:+.{digits}f}]"
 
 
 def _pivot(title: str, rows: pd.DataFrame, index: str, columns: str) -> Block:
@@ -263,8 +274,8 @@ def _markdown_text(text: str) -> str:
 
 
 def latex(table: pd.DataFrame) -> str:
-    """The whole table as booktabs floats, one a block; needs the package booktabs only."""
-    floats = [f"% {table.attrs['name']}: needs \\usepackage{{booktabs}}; UTF-8"]
+    """The whole table as booktabs floats, one a block; what is wider than a page is scaled to it, by graphicx."""
+    floats = [f"% {table.attrs['name']}: needs \\usepackage{{booktabs,graphicx}}; UTF-8"]
     pieces = [piece for block in blocks(table) for piece in _pages(block)]
     for i, block in enumerate(pieces):
         cells = labelled_once(block).map(latex_text)
@@ -274,6 +285,8 @@ def latex(table: pd.DataFrame) -> str:
             for j, name in enumerate(block.cells.columns)
         )
         body = cells.style.hide(axis="index").to_latex(hrules=True, column_format=columns)
+        if len(columns) >= WIDE:
+            body = rf"\resizebox{{\textwidth}}{{!}}{{%{chr(10)}{body.strip()}}}"
         words = "; ".join(f"{code}: {text}" for code, text in legend(table).items()) if block.reproduced else ""
         head = table.attrs["caption"] if block.reproduced or i == 0 else table.attrs["title"]
         caption = [head, block.title + ".", table.attrs["note"] if i == 0 else ""]

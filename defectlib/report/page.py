@@ -133,8 +133,8 @@ def _contents(tables: Mapping[str, pd.DataFrame], pictures: list, claims: pd.Dat
         count = _count(made, "cell run here", "cells run here") if made else "published only"
         rows.append((table.attrs["name"], table.attrs["title"].rstrip("."), count))
     if claims is not None:
-        tested = _count(int((claims["pairs"] > 0).sum()), "comparison", "comparisons")
-        rows.append((claims.attrs["name"], claims.attrs["title"].rstrip("."), f"{tested} run here"))
+        tested = _count(int((claims["cells"] > 0).sum()), "comparison", "comparisons")
+        rows.append((claims.attrs["name"], claims.attrs["title"].rstrip("."), f"{tested} tested here"))
     if pictures[1:]:
         rows.append(("pictures", "Pictures", str(len(pictures) - 1)))
     rows.append(("runs", "Runs: device, code, time", ""))
@@ -168,7 +168,7 @@ def _table(table: pd.DataFrame) -> str:
 
 def _claims(table: pd.DataFrame) -> str:
     """The claims that were run here; the others are folded."""
-    run, rest = (table["pairs"] > 0).any(), (table["pairs"] == 0).any()
+    run, rest = (table["cells"] > 0).any(), (table["cells"] == 0).any()
     tag = '<span class="tag ran">run here</span>' if run else '<span class="tag published">published only</span>'
     said = f"{table.attrs['caption']} {table.attrs['note']}"
     parts = [
@@ -178,7 +178,7 @@ def _claims(table: pd.DataFrame) -> str:
     pieces = layout.blocks(table)
     parts += [f"<h4>{escape(b.title)}</h4>{_html(b)}" for b in pieces[: int(run)]]
     if rest:
-        parts.append(f"<details><summary>Claims about systems not run here</summary>{_html(pieces[-1])}</details>")
+        parts.append(f"<details><summary>Claims not tested here</summary>{_html(pieces[-1])}</details>")
     return "\n".join([*parts, "</section>"])
 
 

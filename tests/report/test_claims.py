@@ -4,8 +4,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from defectlib import published
-from defectlib.metrics import regions
+from defectlib import published, stages
+from defectlib.metrics import quality, regions
 from defectlib.published.claims import load, printed
 from defectlib.report import claims, layout, page, tables
 
@@ -26,7 +26,7 @@ def results(metric="tiny-kid", gain=-0.01, noise=0.001, seeds=3, cells=CELLS, me
                 value = base + (gain + rng.normal(0, noise) if method == methods[0] else 0.0)
                 rows.append((category, method, seed, defect, metric, value))
     frame = pd.DataFrame(rows, columns=["category", "method", "seed", "defect", "metric", "value"])
-    return frame.assign(dataset="mini", profile="demo", split="first_third")
+    return frame.assign(dataset="mini", profile="demo", split="first_third", n_generated=16)
 
 
 def told(table, name):
@@ -57,7 +57,7 @@ def test_the_printed_numbers_bear_the_claims_out():
 @pytest.mark.parametrize("gain, verdict", [(-0.01, claims.HELD), (0.01, claims.NOT_HELD), (0.0, claims.OPEN)])
 def test_verdicts_follow_the_difference(gain, verdict):
     row = told(claims.judge(results(gain=gain)), "ds-hmi-kid")
-    assert row["verdict"] == verdict and (row["pairs"], row["seeds"]) == (4, 3)
+    assert row["verdict"] == verdict and (row["cells"], row["of"], row["seeds"]) == (4, "pairs", 3)
     assert row["difference"] == pytest.approx(1000 * gain, abs=1.5) and row["low"] <= row["difference"] <= row["high"]
     assert (row["why"] == "the interval touches zero") == (verdict == claims.OPEN)
 
@@ -65,15 +65,50 @@ def test_verdicts_follow_the_difference(gain, verdict):
 @pytest.mark.parametrize("few", [{"seeds": 2}, {"cells": CELLS[:3]}])
 def test_no_verdict_from_too_little(few):
     row = told(claims.judge(results(**few)), "ds-hmi-kid")
-    assert row["verdict"] == claims.OPEN and "4 pairs and 3 seeds" in row["why"]
+    assert row["verdict"] == claims.OPEN and row["why"] == "4 pairs with 3 seeds each are needed"
+
+
+def test_pairs_without_all_seeds_count_for_nothing():
+    """Three of four pairs have one seed: what looks like four by three is six numbers."""
+    frame = results()
+    frame = frame[(frame["seed"] == 0) | ((frame["category"] == "brick") & (frame["defect"] == "crack"))]
+    row = told(claims.judge(frame), "ds-hmi-kid")
+    assert row["verdict"] == claims.OPEN and row["seeds"] == 1
+    five = pd.concat([results(cells=[*CELLS, ("nut", "scratch")])])
+    five = five[(five["category"] != "nut") | (five["seed"] == 0)]
+    row = told(claims.judge(five), "ds-hmi-kid")
+    assert (row["cells"], row["seeds"], row["verdict"]) == (4, 3, claims.HELD), "the fifth is left out"
+
+
+def test_only_like_is_subtracted_from_like():
+    frame = results()
+    other = frame["method"] == "defectsynth"
+    mixed = frame.assign(metric=frame["metric"].where(~other, "inception-kid"))
+    row = told(claims.judge(mixed), "ds-hmi-kid")
+    assert row["verdict"] == claims.OPEN and "different extractors" in row["why"]
+    with pytest.raises(ValueError, match="mix values of 'profile'"):
+        claims.judge(frame.assign(profile=frame["method"]))
+    with pytest.raises(ValueError, match="mix values of 'split'"):
+        claims.judge(frame.assign(split=frame["method"]))
+    with pytest.raises(ValueError, match="several extractors"):
+        claims.judge(pd.concat([frame, frame.assign(metric="inception-kid")]))
+    scored = results("tiny-is", 0.1).assign(n_generated=lambda f: np.where(f["method"] == "defectsynth", 500, 1000))
+    row = told(claims.judge(scored), "ds-hmi-is")
+    assert row["verdict"] == claims.OPEN and "number of images" in row["why"]
+    assert told(claims.judge(results("tiny-is", 0.1)), "ds-hmi-is")["verdict"] == claims.HELD
+
+
+@pytest.mark.parametrize("low, high", [(-1, 1), (0, 1), (-1, 0), (np.nan, np.nan)])
+def test_an_interval_on_zero_decides_nothing(low, high):
+    assert claims.verdict(low, high, "higher")["verdict"] == claims.OPEN
 
 
 def test_what_was_not_run_says_so():
     table = claims.judge(results())
-    assert table["pairs"].is_monotonic_decreasing, "what was run comes first"
+    assert table["cells"].gt(0).is_monotonic_decreasing, "what was tested comes first"
     assert "adabldm" in told(table, "ada-iap")["why"] and told(table, "ada-iap")["verdict"] == claims.OPEN
     empty = claims.judge(results().iloc[:0])
-    assert set(empty["verdict"]) == {claims.OPEN} and not empty["pairs"].any()
+    assert set(empty["verdict"]) == {claims.OPEN} and not empty["cells"].any()
     withheld = claims.judge(results().assign(value=np.nan))
     assert told(withheld, "ds-hmi-kid")["why"].startswith("withheld")
 
@@ -86,16 +121,17 @@ def test_pairs_are_within_seed_and_category():
     assert row["low"] == pytest.approx(-10) and row["high"] == pytest.approx(-10)
 
 
-def test_a_downstream_score_counts_for_all_defects_of_its_category():
-    methods = ("defectsynth", "shots_only")
-    scores = results("pixel_ap", 0.05, cells=[("brick", ""), ("gear", "")], methods=methods)
-    drawn = results("mask_area", methods=methods)
-    row = told(claims.judge(pd.concat([scores, drawn])), "ds-pixel-ap")
-    assert (row["pairs"], row["seeds"], row["verdict"]) == (4, 3, claims.HELD)
+@pytest.mark.parametrize("n, verdict", [(2, claims.OPEN), (4, claims.HELD)])
+def test_a_downstream_score_is_one_number_a_category(n, verdict):
+    cells = [(category, "") for category in ("brick", "gear", "nut", "grass")[:n]]
+    row = told(
+        claims.judge(results("pixel_ap", 0.05, cells=cells, methods=("defectsynth", "shots_only"))), "ds-pixel-ap"
+    )
+    assert (row["cells"], row["of"], row["seeds"], row["verdict"]) == (n, "categories", 3, verdict)
     assert row["difference"] == pytest.approx(5, abs=0.2), "percent"
 
 
-def test_the_interval_of_one_row_is_the_plain_bootstrap():
+def test_the_interval_of_one_seed_is_the_plain_bootstrap():
     values = np.random.default_rng(1).normal(size=(40, 1))
     low, high = claims.interval(values)
     half = 1.96 * values.std() / 40**0.5
@@ -107,14 +143,23 @@ def test_the_interval_of_one_row_is_the_plain_bootstrap():
 def test_the_table_reads_in_every_form(tmp_path):
     table = claims.judge(results())
     csv, markdown, latex = (file.read_text() for file in tables.write(table, tmp_path, claims.NAME))
-    assert csv.count("\n") == len(table) + 1 and "held" in markdown.split("Not run here")[0]
+    assert csv.count("\n") == len(table) + 1 and "held" in markdown.split("Not tested here")[0]
     assert latex.count(r"\begin{table}") == latex.count(r"\end{table}") >= 2
     text = page.write_page(tmp_path, {}, results().iloc[:0], {}, claims=table).read_text()
-    assert '<h3 id="claims">' in text and 'href="#claims"' in text and "1 comparison run here" in text
+    assert '<h3 id="claims">' in text and 'href="#claims"' in text and "1 comparison tested here" in text
 
 
-def test_every_score_that_a_claim_names_is_made():
-    made = {*(f"pixel_{s}" for s in regions.SCORES), *(f"image_{s}" for s in regions.SCORES), *regions.INSTANCES}
-    others = {"kid", "is", "lpips", "ic-lpips", "mask_iou", "mask_seen", "seconds_per_image"}
-    scores = {claim.metric for claim in load()} - others
-    assert scores - {"accuracy", "f1_macro"} <= made
+def test_every_measure_that_a_claim_names_is_made():
+    made = {published.kind(name) for name in quality.names("tiny", "tiny")} | {
+        stages.SEEN,
+        "mask_iou",
+        "seconds_per_image",
+    }
+    made |= {"accuracy", "f1_macro", *(f"pixel_{name}" for name in regions.SCORES), *regions.INSTANCES}
+    made |= set(regions.image_metrics(np.array([0.1, 0.9]), np.array([False, True])))
+    assert {claim.metric for claim in load()} <= made
+
+
+def test_small_bounds_keep_their_sign():
+    row = next(claims.judge(results(gain=-1e-5, noise=1e-7)).iloc[:1].itertuples())
+    assert row.verdict == claims.HELD and "-0.0]" not in layout._interval_text(row)
