@@ -89,7 +89,7 @@ def _category(parameters: Parameters, category: str, method: str, seed: int, fol
 
 
 def _about(parameters: Parameters, method: str, seed: int, counts: pd.DataFrame) -> str:
-    record = next(parameters.dataset_folder().glob(f"*/{method}/s{seed}/sample.json"))
+    record = min(parameters.dataset_folder().glob(f"*/{method}/s{seed}/sample.json"))
     about = json.loads(record.read_text())
     known = DATASETS[parameters.dataset]
     changed = " with uncommitted changes" if about["dirty"] else ""

@@ -210,7 +210,8 @@ def downstream(s: Study, method: str, seed: int) -> dict[str, Any]:
     settings = s.settings.downstream
     source = [s.data_key(seed)] if method == SHOTS_ONLY else [sample(s, method, seed)["key"]]
     values = {
-        "downstream": settings.model_dump(), "defects": s.defects, "seed": seed, "pro_limit": regions.PRO_LIMIT,
+        "downstream": settings.model_dump(), "defects": s.defects, "seed": seed,
+        "pro_limit": regions.PRO_LIMIT,  # runs from before PRO was measured are measured again
     }  # fmt: skip
     folder, key = s.folder(method, seed), runs.stage_key(values, source)
     if (record := folder.complete("downstream", key)) is not None:

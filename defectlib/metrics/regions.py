@@ -112,12 +112,15 @@ def instances(masks: ArrayLike) -> list[NDArray[np.int64]]:
     Pixels that touch at a corner are one defect (8-neighbourhood), as in MVTec AD's evaluation.
     """
     masks = np.asarray(masks)
+    if masks.dtype != np.bool_:
+        raise ValueError(f"masks must be bool, got {masks.dtype}: binarise once, by images.read_mask")
     found = []
     for i, mask in enumerate(masks):
         labels, count = ndimage.label(mask, np.ones((3, 3)))
         inside = np.flatnonzero(labels)
-        order = np.argsort(labels.ravel()[inside], kind="stable")
-        sizes = np.bincount(labels.ravel()[inside], minlength=count + 1)[1:]
+        names = labels.ravel()[inside]
+        order = np.argsort(names, kind="stable")
+        sizes = np.bincount(names, minlength=count + 1)[1:]
         found += np.split(inside[order] + i * mask.size, np.cumsum(sizes)[:-1]) if count else []
     return found
 

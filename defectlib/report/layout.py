@@ -37,7 +37,7 @@ METRIC_TITLES = {
 EXTRACTORS = {"tiny": "tiny", "inception": "Inception", "alex": "AlexNet", "vgg": "VGG"}
 WHY = "Why not "
 # LaTeX: a column specification of as many letters, widths included, is wider than a page.
-WIDE = 20
+WIDE = 18
 ARROWS = {True: " ↑", False: " ↓", None: ""}
 DIGITS = {"kid": 1, "is": 2, "lpips": 3, "ic-lpips": 3, "mask_iou": 2, "mask_seen": 2}
 LATEX = {

@@ -124,9 +124,8 @@ def test_pairs_are_within_seed_and_category():
 @pytest.mark.parametrize("n, verdict", [(2, claims.OPEN), (4, claims.HELD)])
 def test_a_downstream_score_is_one_number_a_category(n, verdict):
     cells = [(category, "") for category in ("brick", "gear", "nut", "grass")[:n]]
-    row = told(
-        claims.judge(results("pixel_ap", 0.05, cells=cells, methods=("defectsynth", "shots_only"))), "ds-pixel-ap"
-    )
+    frame = results("pixel_ap", 0.05, cells=cells, methods=("defectsynth", "shots_only"))
+    row = told(claims.judge(frame), "ds-pixel-ap")
     assert (row["cells"], row["of"], row["seeds"], row["verdict"]) == (n, "categories", 3, verdict)
     assert row["difference"] == pytest.approx(5, abs=0.2), "percent"
 
@@ -150,12 +149,9 @@ def test_the_table_reads_in_every_form(tmp_path):
 
 
 def test_every_measure_that_a_claim_names_is_made():
-    made = {published.kind(name) for name in quality.names("tiny", "tiny")} | {
-        stages.SEEN,
-        "mask_iou",
-        "seconds_per_image",
-    }
-    made |= {"accuracy", "f1_macro", *(f"pixel_{name}" for name in regions.SCORES), *regions.INSTANCES}
+    made = {published.kind(name) for name in quality.names("tiny", "tiny")}
+    made |= {stages.SEEN, "mask_iou", "seconds_per_image", "accuracy", "f1_macro", *regions.INSTANCES}
+    made |= {f"pixel_{name}" for name in regions.SCORES}
     made |= set(regions.image_metrics(np.array([0.1, 0.9]), np.array([False, True])))
     assert {claim.metric for claim in load()} <= made
 
