@@ -31,6 +31,11 @@ def is_shipped(parameters: params.Parameters, categories: list[str]) -> bool:
     return own_runs and parameters == default and categories == prepare.categories(default)
 
 
+def ships_claims(parameters: params.Parameters, categories: list[str]) -> bool:
+    """Whether the verdicts in ``figures/`` are of this batch: the shipped one with the seeds of `make claims`."""
+    return parameters.seeds == CLAIM_SEEDS and is_shipped(parameters.model_copy(update={"seeds": None}), categories)
+
+
 def publish(folder: Path, stems: list[str]) -> None:
     """Copy tables and pictures to ``figures/``.
 
@@ -61,6 +66,6 @@ def report(batch: dict[str, Any]) -> Path:
     pictures = {s: text for s, text in page_parts.captions(categories).items() if (folder / f"{s}.png").is_file()}
     if is_shipped(parameters, categories):
         publish(folder, [*built, *pictures])
-    if is_shipped(parameters.model_copy(update={"seeds": None}), categories) and seeds == CLAIM_SEEDS:
+    if ships_claims(parameters, categories):
         publish(folder, [claims.NAME])
     return page.write_page(folder, built, results, pictures, parameters.dataset_folder().parents[1], judged)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from defectlib import batch, params, paths, study
-from defectlib.report import build, figures, page_parts, tables
+from defectlib.report import build, claims, figures, page_parts, tables
 
 DEFAULT = params.Parameters(profile="demo")
 
@@ -65,6 +65,8 @@ def test_only_the_whole_default_batch_on_mini_at_demo_is_shipped(monkeypatch):
     given = params.validate(DEFAULT.model_dump(exclude_none=True))
     assert build.is_shipped(given, ["brick", "gear"])
     assert not build.is_shipped(given, ["brick"]) and not build.is_shipped(given, ["brick", "gear", "nut"])
+    assert build.ships_claims(params.validate({"profile": "demo", "seeds": [0, 1, 2]}), ["brick", "gear"])
+    assert not build.ships_claims(given, ["brick", "gear"])
     for change in (
         {"profile": "smoke"}, {"dataset": "magnetic_tile"}, {"data_root": "x"}, {"split": "all_shots"}, {"seeds": [0]},
         {"methods": ["crop_paste"]}, {"tiles": "auto"}, {"grid": "full"}, {"runs_root": "x"}, {"figures_root": "x"},
@@ -90,5 +92,5 @@ def test_captions_name_the_pictures_that_the_notebooks_draw():
 
 
 def test_figures_in_git_are_those_the_report_copies():
-    stem = re.compile("|".join([*tables.NAMES, *(rf"{name}_\w+" for name in page_parts.CAPTIONS)]))
+    stem = re.compile("|".join([*tables.NAMES, claims.NAME, *(rf"{name}_\w+" for name in page_parts.CAPTIONS)]))
     assert not [file.name for file in paths.FIGURES.iterdir() if not stem.fullmatch(file.stem)]
