@@ -258,6 +258,8 @@ def stage_files(job: Job) -> list[Path]:
 def withdraw_stale_receipts(graph: dict[str, Job]) -> list[str]:
     """Remove receipts whose stage files are gone, or whose parameters, profile, prompts or data were others.
 
+    The report's goes with them: while it lies there, Snakemake does not ask for what it was made from.
+
     Returns:
         The names of their jobs.
     """
@@ -271,6 +273,7 @@ def withdraw_stale_receipts(graph: dict[str, Job]) -> list[str]:
         same = same and content.get("made_from") == made_from(job.parameters)
         if not same or not all(Path(file).is_file() for file in content["stage_files"]):
             receipt.unlink()
+            (receipt.parent / "report.json").unlink(missing_ok=True)
             stale.append(job.name)
     return stale
 

@@ -110,9 +110,12 @@ def test_receipts_without_their_stage_files_are_withdrawn(tmp_path, monkeypatch)
     content = {"parameters": job.parameters.model_dump(exclude_none=True), "stage_files": [str(stage)]}
     content["made_from"] = "data and profile"
     paths.write_text(receipt, json.dumps(content))
-    assert batch.withdraw_stale_receipts(graph) == [] and receipt.exists()
+    report = receipt.with_name("report.json")
+    report.write_text("{}")
+    assert batch.withdraw_stale_receipts(graph) == [] and receipt.exists() and report.exists()
     other = batch.jobs(asked.model_copy(update={"seeds": [7]}), ["nut"])
     assert batch.withdraw_stale_receipts(other) == ["05_training.nut"] and not receipt.exists()
+    assert not report.exists(), "else Snakemake would have nothing to do"
     paths.write_text(receipt, json.dumps(content))
     stage.unlink()
     assert batch.withdraw_stale_receipts(graph) == ["05_training.nut"]
