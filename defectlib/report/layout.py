@@ -35,7 +35,9 @@ METRIC_TITLES = {
     "iap_gain": "IAP gain, points", "iap90_gain": "IAP90 gain, points",
 }  # fmt: skip
 EXTRACTORS = {"tiny": "tiny", "inception": "Inception", "alex": "AlexNet", "vgg": "VGG"}
-WHY = "Why not "
+WHY, CLAIM = "Why not ", "Claim"
+# Columns of the claims whose cells may break into lines: a long text or a few words.
+TEXTS = {CLAIM: "text", "Who": "words", "Against": "words", WHY + "decided": "words"}
 # LaTeX: a column specification of as many letters, widths included, is wider than a page.
 WIDE = 18
 ARROWS = {True: " ↑", False: " ↓", None: ""}
@@ -214,15 +216,14 @@ def _claim_cells(rows: pd.DataFrame) -> pd.DataFrame:
         for r in rows.itertuples()
     ]  # fmt: skip
     columns = {
-        "Paper": rows["paper"], "Claim": [f"{r.claim} ({r.source}; {r.data})" for r in rows.itertuples()],
+        "Paper": rows["paper"], CLAIM: [f"{r.claim} ({r.source}; {r.data})" for r in rows.itertuples()],
         "Who": rows["method"].map(method_title), "Against": rows["against"].map(method_title),
         "Measure": rows["measured"].map(metric_title),
     }  # fmt: skip
     if (rows["cells"] > 0).any():
         columns |= {
-            "Verdict": rows["verdict"], "Published": printed,
-            "Difference": [_interval_text(r) for r in rows.itertuples()],
-            "n": [f"{r.cells} {r.of} × {r.seeds}" for r in rows.itertuples()],
+            "Verdict": rows["verdict"], "Difference": [_interval_text(r) for r in rows.itertuples()],
+            "n": [f"{r.cells} {r.of} × {r.seeds}" for r in rows.itertuples()], "Published": printed,
         }  # fmt: skip
     else:
         columns |= {"Published": printed}
@@ -281,7 +282,7 @@ def latex(table: pd.DataFrame) -> str:
         cells = labelled_once(block).map(latex_text)
         cells.columns = [latex_text(name) for name in block.cells.columns]
         columns = "".join(
-            r"p{48mm}" if name == "Claim" or name.startswith(WHY) else "l" if j < block.labels else "r"
+            r"p{48mm}" if name == CLAIM or name.startswith(WHY) else "l" if j < block.labels else "r"
             for j, name in enumerate(block.cells.columns)
         )
         body = cells.style.hide(axis="index").to_latex(hrules=True, column_format=columns)

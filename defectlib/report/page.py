@@ -213,7 +213,9 @@ def _html(block: Block) -> str:
             if names[i] == layout.WHY + "comparable":
                 cells.append(f'<td class="why">{"".join(_code(c) for c in text.split(", ") if c)}</td>')
             elif same:
-                cells.append(f'<td class="again">{escape(text)}</td>')
+                cells.append(f'<td class="again">{"" if names[i] == layout.CLAIM else escape(text)}</td>')
+            elif names[i] in layout.TEXTS:
+                cells.append(f'<td class="{layout.TEXTS[names[i]]}">{escape(text)}</td>')
             else:
                 ours = ' class="n ours"' if names[i].startswith("Reproduced") else _numeric(block, i)
                 cells.append(f"<td{ours}>{escape(text)}</td>")

@@ -142,6 +142,8 @@ tbody tr:hover td { background: var(--tint); }
 tr:hover .again { color: var(--soft); }
 .ours { font-weight: 600; }
 td.why { white-space: normal; min-width: 16rem; }
+td.text { white-space: normal; min-width: 15rem; }
+td.words { white-space: normal; min-width: 7rem; }
 .code {
   display: inline-block; font-size: .74rem; line-height: 1.5; padding: 0 .4rem; margin: 0 .2rem .15rem 0;
   border-radius: .3rem; background: var(--tint); color: var(--soft); white-space: nowrap;
