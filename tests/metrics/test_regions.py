@@ -1,5 +1,4 @@
 import resource
-import time
 
 import numpy as np
 import pytest
@@ -108,15 +107,17 @@ def test_instances_against_the_plain_form(seed, limit):
     assert regions.instance_metrics(maps, masks, limit) == pytest.approx(plain_instances(maps, masks, limit), abs=1e-12)
 
 
-def test_pro_of_equal_defects_is_partial_auroc():
-    """Where all defects are of one size, the mean over defects is the mean over pixels; up to 1 it is AUROC itself."""
+@pytest.mark.parametrize("limit", [0.1, 0.3, 1.0])
+def test_pro_of_equal_defects_is_partial_auroc(limit):
+    """Where all defects are of one size, the mean over defects is the mean over pixels; scikit-learn's is McClish's."""
     rng = np.random.default_rng(0)
     masks = np.zeros((2, 16, 16), bool)
     masks[:, 2:5, 2:5] = masks[:, 9:12, 9:12] = True
     maps = np.round(np.clip(rng.normal(0.4 + 0.2 * masks, 0.2), 0, 1), 2)
-    assert regions.instance_metrics(maps, masks, 1.0)["pro"] == pytest.approx(
-        roc_auc_score(masks.ravel(), maps.ravel())
-    )
+    standardised = roc_auc_score(masks.ravel(), maps.ravel(), max_fpr=limit)
+    least = limit**2 / 2
+    area = least + (2 * standardised - 1) * (limit - least)
+    assert regions.instance_metrics(maps, masks, limit)["pro"] == pytest.approx(area / limit)
     order = rng.permutation(2)
     assert regions.instance_metrics(maps[order], masks[order]) == pytest.approx(regions.instance_metrics(maps, masks))
 
@@ -125,6 +126,8 @@ def test_instances_of_one_class_are_undefined_and_wrong_arguments_refused():
     nothing = np.zeros((1, 4, 4), bool)
     assert set(regions.instance_metrics(np.zeros((1, 4, 4)), nothing).values()) == {None}
     assert set(regions.instance_metrics(np.zeros((1, 4, 4)), ~nothing).values()) == {None}
+    with pytest.raises(ValueError, match="masks must be bool, got uint8"):
+        regions.instances(nothing.astype(np.uint8))
     with pytest.raises(ValueError, match="limit of PRO"):
         regions.instance_metrics(np.zeros((1, 4, 4)), nothing, 0.0)
     with pytest.raises(ValueError, match=r"maps must be \(N, H, W\)"):
@@ -195,15 +198,13 @@ def test_classification_by_hand():
         regions.classification_metrics([], [], ["a"])
 
 
-def test_four_million_pixels_in_seconds_and_bounded_memory():
-    """16 million take four times as long: `benchmarks/region_metrics.py` has 26."""
+def test_four_million_pixels_in_bounded_memory():
+    """How long that takes stands in `benchmarks/region_metrics.py`, for 26 million."""
     rng = np.random.default_rng(0)
     masks = rng.random((61, 256, 256)) < 0.02
     maps = rng.random(masks.shape, dtype=np.float32) * 0.7 + 0.3 * masks
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    clock = time.perf_counter()
     found = regions.pixel_metrics(maps, masks) | regions.instance_metrics(maps, masks)
-    took = time.perf_counter() - clock
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20
     assert found["pixel_auroc"] == pytest.approx(roc_auc_score(masks.ravel(), maps.ravel()), abs=1e-9)
-    assert took < 10 and grown < 0.6, f"{took:.1f} s, {grown:.2f} GiB"
+    assert grown < 0.6, f"{grown:.2f} GiB"
