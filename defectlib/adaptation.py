@@ -7,8 +7,10 @@ DefectSynth does not. Low rank keeps what is stored small: 13 MB for Stable Diff
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal, Protocol
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -72,6 +74,34 @@ def adapt(
 
     adapter, curve = once(folder / "adapter.safetensors", asked, train)
     return restore(base, adapter), adapter, curve
+
+
+class Adapting(Protocol):
+    """The fields of a method's configuration that say how its base model is adapted."""
+
+    adapt_steps: int
+    adapt_rank: int
+    adapt_learning_rate: float
+    train_batch_size: int
+    precision: Literal["no", "bf16"]
+
+
+def to_normals(
+    base: Backbone, normals: Sequence[Tensor], category: str, config: Adapting, *, seed: int, folder: Path
+) -> tuple[Backbone, State]:
+    """A base model that has seen a category's normal images (3, H, W), as "a <category>"; arguments as :func:`adapt`.
+
+    Returns:
+        The adapted model, and what :func:`restore` needs to make it again.
+    """
+    settings = FitSettings(
+        steps=config.adapt_steps, batch_size=config.train_batch_size, learning_rate=config.adapt_learning_rate,
+        precision=config.precision,
+    )  # fmt: skip
+    prompt = f"a {category}".replace("_", " ")
+    return adapt(base, torch.stack(list(normals)), prompt, settings, rank=config.adapt_rank, seed=seed, folder=folder)[
+        :2
+    ]
 
 
 def restore(base: Backbone, adapter: State) -> Backbone:

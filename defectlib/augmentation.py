@@ -1,4 +1,4 @@
-"""What a few shots teach: each in several forms, image, mask, part and background mirrored and cropped alike."""
+"""What a few shots teach: each in several forms, mirrored and cropped, or cut out and pasted on a normal image."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from scipy.ndimage import distance_transform_edt
 from torch import Tensor
 
 from defectlib.images import TURNS, resize_image, resize_mask
+from defectlib.masks.random import Places, affine_crop, at, centred, place, windows
 from defectlib.masks.trimap import foreground
 from defectlib.types import Shot
 
@@ -91,3 +94,68 @@ def training_pictures(
 
     of_shot = torch.arange(len(shots)).repeat((1 + crops) * len(turns))
     return Pictures({name: turned(some) for name, some in pictures.items()}, turned(masks), of_shot)
+
+
+def paste(normal: Tensor, patch: Tensor, mask: Tensor, y: int, x: int, feather: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Paste ``patch`` (3, h, w) where ``mask`` (1, h, w) with its corner at (y, x); parts outside the image are cut.
+
+    Returns:
+        The image (3, H, W) and its mask (1, H, W). Outside the mask the normal is untouched, whatever the feather: the
+        blend runs from the mask's edge inwards.
+    """
+    frame = tuple(normal.shape[1:])
+    placed = at(mask, (y, x), frame)
+    outside, inside = windows(tuple(mask.shape[1:]), (y, x), frame)
+    drawn = normal.clone()
+    drawn[outside] = torch.where(mask[inside], patch[inside], normal[outside])
+    if feather > 0:
+        depth = distance_transform_edt(placed[0].numpy())
+        alpha = torch.from_numpy(np.minimum(1.0, depth / (feather + 1))).float()[None]
+        drawn = torch.where(placed, normal + alpha * (drawn - normal), normal)
+    return drawn, placed
+
+
+def composite(
+    shots: Sequence[Shot],
+    normal: Tensor,
+    allowed: Tensor,
+    rng: np.random.Generator,
+    *,
+    places: Places | None = None,
+    weights: NDArray[np.float64] | None = None,
+    rotate: float = 360.0,
+    scale: tuple[float, float] = (0.85, 1.15),
+    flip: bool = True,
+    feather: float = 0.0,
+    attempts: int = 8,
+) -> tuple[Tensor, Tensor]:
+    """The defect of one of the shots cut out, moved, and pasted on a normal image: AdaBLDM's composites.
+
+    What is pasted is what the mask holds, so that a defect's black pixels are defect.
+
+    Args:
+        shots: To choose from.
+        normal: float32 (3, H, W) in [-1, 1].
+        allowed: Where the defect may lie, bool (1, H, W).
+        rng: Source of the shot, its turn and scale, and the place.
+        places: Of ``allowed``, where they are known.
+        weights: How likely the defect's middle lies at each pixel, see ``masks.random.place``.
+        rotate: As in ``masks.random.affine``; so are ``scale`` and ``flip``.
+        scale: See above.
+        flip: See above.
+        feather: Width in px of a blend that stays inside the mask.
+        attempts: Drawings until a defect fits whole; the last one is then centred and cut to ``allowed``.
+
+    Returns:
+        The image (3, H, W) and its mask (1, H, W).
+    """
+    places = places or Places(allowed)
+    for _ in range(attempts):
+        shot = shots[rng.integers(len(shots))]
+        patch, mask, _ = affine_crop(shot.image, shot.mask, rng, rotate=rotate, scale=scale, flip=flip)
+        corner = place(mask, places, rng, weights)
+        if corner is not None:
+            return paste(normal, patch, mask, *corner, feather)
+    image, placed = paste(normal, patch, mask, *centred(mask, allowed), feather)
+    placed &= allowed
+    return torch.where(placed, image, normal), placed

@@ -1,8 +1,8 @@
-"""ControlNet on a frozen base model: a new one, what its training minimises, and its hint embedded once a drawing."""
+"""ControlNet on a frozen base model: a new one, what its training minimises, and what the two predict together."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -36,6 +36,7 @@ def denoising_loss(
     hints: Tensor,
     weights: Tensor,
     generator: torch.Generator,
+    control_text: Tensor | None = None,
 ) -> Tensor:
     """What a training step minimises: the error of the frozen base's prediction with the ControlNet's residuals.
 
@@ -46,19 +47,58 @@ def denoising_loss(
         base: Its UNet and noise schedule are used.
         latents: x_0 of real defects, (N, C, h, w).
         text: Embedded prompts, (N, L, D).
-        hints: Masks as images, (N, 3, H, W) in {0, 1}.
+        hints: Masks or trimaps as images, (N, 3, H, W) in [0, 1].
         weights: Of the squared errors, (N, 1, h, w).
         generator: A CPU generator: timesteps, then noise.
+        control_text: What the ControlNet reads in the prompts' place, (N, L, D).
 
     Returns:
         The weighted mean square, a scalar.
     """
     noisy, timesteps, target = noised(latents, base.scheduler, generator)
-    residuals, middle = net(noisy, timesteps, text, hints, return_dict=False)
+    read = text if control_text is None else control_text
+    residuals, middle = net(noisy, timesteps, read, hints, return_dict=False)
     predicted = base.unet(
         noisy, timesteps, text, down_block_additional_residuals=residuals, mid_block_additional_residual=middle
     ).sample
     return (weights * (predicted.float() - target).square()).mean()
+
+
+def steered(
+    net: ControlNetModel,
+    base: Backbone,
+    text: Tensor,
+    embedded: Tensor,
+    *,
+    guidance_scale: float = 1.0,
+    controlnet_scale: float = 1.0,
+    control_text: Tensor | None = None,
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """What the base predicts from (x_t, t) with the ControlNet's residuals.
+
+    Args:
+        net: The ControlNet.
+        base: Its UNet is used.
+        text: Embedded prompts, (N, L, D); under guidance (2 N, L, D), those without a prompt first.
+        embedded: The hint's embedding, see :func:`embedded_once`, of as many rows.
+        guidance_scale: Above 1 it is classifier-free guidance (Ho and Salimans, 2022).
+        controlnet_scale: Of the residuals.
+        control_text: What the ControlNet reads in the prompts' place, of as many rows.
+    """
+    read = text if control_text is None else control_text
+
+    def predict(latents: Tensor, timestep: Tensor) -> Tensor:
+        shown = torch.cat([latents, latents]) if guidance_scale > 1 else latents
+        residuals, middle = net(shown, timestep, read, embedded, conditioning_scale=controlnet_scale, return_dict=False)
+        predicted = base.unet(
+            shown, timestep, text, down_block_additional_residuals=residuals, mid_block_additional_residual=middle
+        ).sample
+        if guidance_scale <= 1:
+            return predicted
+        without, with_text = predicted.chunk(2)
+        return without + guidance_scale * (with_text - without)
+
+    return predict
 
 
 @contextmanager

@@ -172,6 +172,19 @@ def reach(timestep: int, side: int, dilation: float) -> int:
     return int((timestep + 100) * dilation * side / 1000) if timestep > 0 else 0
 
 
+def at_level(clean: Tensor, noise: Tensor, scheduler: DDIMScheduler, done: float) -> Tensor:
+    """Clean latents as noisy as :func:`denoise` goes on from after this share of its schedule; as they are at its end.
+
+    Args:
+        clean: x_0, (N, C, h, w).
+        noise: Of the same shape.
+        scheduler: With the timesteps of the loop that is running.
+        done: In [0, 1], as a hook is told.
+    """
+    following = scheduler.timesteps[round(done * len(scheduler.timesteps)) :]
+    return scheduler.add_noise(clean, noise, following[:1]) if len(following) else clean
+
+
 def prompted(base: Backbone, prompts: Sequence[str], scale: float = 1.0) -> Callable[[Tensor, Tensor], Tensor]:
     """What a base model predicts from (x_t, t) for N latents' prompts, or one prompt for all of them.
 

@@ -36,7 +36,7 @@ class DataSettings(Strict):
     max_test_normals: int = Field(ge=1)
 
 
-MaskSourceName = Literal["affine", "perlin", "hmi_image", "hmi_latent", "hmi"]
+MaskSourceName = Literal["affine", "affine_as_shots", "perlin", "hmi_image", "hmi_latent", "hmi"]
 
 
 class SampleSettings(Strict):
@@ -44,13 +44,15 @@ class SampleSettings(Strict):
 
     ``mask_source`` names a function of ``masks.sources``, or of ``masks.latent`` (DefectSynth's interpolation in latent
     space, and its hybrid ``hmi``), which need a base model; methods that draw their own masks do not use it.
-    ``n_of`` names methods of which another number is drawn, because their papers do.
+    ``n_of`` names methods of which another number is drawn, and ``mask_source_of`` those whose masks come from
+    elsewhere, because their papers have it so.
     """
 
     n_per_defect: int = Field(ge=1, le=9999)
     n_of: dict[str, Annotated[int, Field(ge=1, le=9999)]] = {}
     group_size: int = Field(ge=1)
     mask_source: MaskSourceName
+    mask_source_of: dict[str, MaskSourceName] = {}
 
 
 class QualitySettings(Strict):
@@ -136,8 +138,9 @@ class Profile(Strict):
     @model_validator(mode="after")
     def _numbers(self) -> Profile:
         """A misspelt method would silently be drawn as often as the others."""
-        if unknown := sorted(set(self.sample.n_of) - set(self.methods)):
-            raise ValueError(f"sample.n_of names '{unknown[0]}', which is no method of the profile")
+        for field in ("n_of", "mask_source_of"):
+            if unknown := sorted(set(getattr(self.sample, field)) - set(self.methods)):
+                raise ValueError(f"sample.{field} names '{unknown[0]}', which is no method of the profile")
         return self
 
     def variants_of(self, methods: Sequence[str]) -> list[str]:
@@ -149,7 +152,8 @@ class Parameters(Strict):
     """The parameters of every notebook. ``None`` asks the profile, the category file or the data set.
 
     ``tiles`` reads square crops: a side in px, "auto" (the median defect covers four latent cells) or "none".
-    ``grid = "full"`` covers all categories and defects instead of the profile's first ones.
+    ``grid = "full"`` covers all categories and defects instead of the profile's first ones. ``foregrounds`` is a folder
+    of the user's own masks of the objects, one for each shot and training normal, named as the image with ".png".
     """
 
     profile: str | None = None
@@ -163,6 +167,7 @@ class Parameters(Strict):
     tiles: int | Literal["auto", "none"] | None = None
     grid: Literal["full"] | None = None
     prompts: dict[str, str] = {}
+    foregrounds: str | None = None
     runs_root: str | None = None
     figures_root: str | None = None
 

@@ -61,7 +61,7 @@ def fit(s: Study, method: str, seed: int) -> dict[str, Any]:
 def sample(s: Study, method: str, seed: int) -> dict[str, Any]:
     """Draw ``n_per_defect`` samples of each defect, with a bar unless in a batch; the record of the stage."""
     upstream = fit(s, method, seed)
-    asked = s.settings.sample.model_dump(exclude={"n_of"})
+    asked = s.settings.sample.model_dump(exclude={"n_of", "mask_source_of"})
     asked |= {"mask_source": s.mask_source_name(method), "n_per_defect": s.n_per_defect(method)}
     values = {
         "sample": asked, "config": s.config(method).model_dump(), "prompts": s.prompts(), "order": s.all_defects,

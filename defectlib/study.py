@@ -16,12 +16,12 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from defectlib import backbone, diffusion, params, prepare, runs
+from defectlib import backbone, diffusion, params, paths, prepare, runs
 from defectlib.backbone import Backbone
-from defectlib.data import splits
-from defectlib.masks import latent, sources
+from defectlib.data import layouts, splits
+from defectlib.images import open_pil, read_mask
+from defectlib.masks import latent, sources, trimap
 from defectlib.masks.sources import MaskSource
-from defectlib.masks.trimap import foreground
 from defectlib.methods import base
 from defectlib.methods.base import Method, MethodConfig
 from defectlib.metrics import files
@@ -52,12 +52,32 @@ class Study:
 
     def shots(self, seed: int = 0) -> list[Shot]:
         """The few-shot training set."""
-        return splits.shots(self.manifest(seed), self.root, self.category, self.defects, self.size)
+        found = splits.shots(self.manifest(seed), self.root, self.category, self.defects, self.size)
+        rows = splits.rows(self.manifest(seed), self.category, "shot", self.defects)
+        self._know(rows, [shot.image for shot in found])
+        return found
 
     def normals(self, seed: int = 0) -> list[Tensor]:
         """Defect-free images to draw on and to train with."""
         limit = self.settings.data.max_normals
-        return splits.normals(self.manifest(seed), self.root, self.category, "train", self.size, limit)
+        found = splits.normals(self.manifest(seed), self.root, self.category, "train", self.size, limit)
+        self._know(splits.normal_rows(self.manifest(seed), self.category, "train", limit), found)
+        return found
+
+    def _know(self, rows: pd.DataFrame, pictures: Sequence[Tensor]) -> None:
+        """Tell ``masks.trimap`` what is object where the user has said so."""
+        if self.parameters.foregrounds is None:
+            return
+        for row, picture in zip(rows.itertuples(), pictures, strict=True):
+            file = self.foreground_file(row.image)
+            given = read_mask(file, layouts.parse_box(row.box), self.size)
+            if not given.any():
+                raise ValueError(f"foregrounds: {file} shows no object in the tile {row.box}: set tiles to none")
+            trimap.know(picture, given)
+
+    def foreground_file(self, image: str) -> Path:
+        """Where the user's own mask of the object in an image of the data set lies."""
+        return Path(self.parameters.foregrounds) / Path(image).with_suffix(".png")
 
     def held_out(self, seed: int = 0) -> list[tuple[Tensor, Tensor, str, str]]:
         """Test images: every held-out defect of the asked types, and up to ``max_test_normals`` normals."""
@@ -128,8 +148,9 @@ class Study:
 
     def mask_source_name(self, name: str) -> str:
         """Where a method or a variant gets its masks from."""
-        variant = self.settings.variants.get(name)
-        return (variant and variant.mask_source) or self.settings.sample.mask_source
+        variant, asked = self.settings.variants.get(name), self.settings.sample
+        own = asked.mask_source_of.get(self.method_of(name).name, asked.mask_source)
+        return (variant and variant.mask_source) or own
 
     def mask_source(self, name: str) -> MaskSource:
         """The same, as a function; sources that interpolate in latent space do so on the profile's base model."""
@@ -150,8 +171,11 @@ class Study:
         }  # fmt: skip
 
     def data_key(self, seed: int) -> str:
-        """sha256 over the split rows, the defects and how images are read."""
+        """sha256 over the split rows, the defects, how images are read, and the user's own foregrounds."""
         text = self.manifest(seed).to_csv(index=False) + json.dumps([self.defects, self.settings.data.model_dump()])
+        if self.parameters.foregrounds is not None:
+            used = self.manifest(seed).query("side in ('shot', 'train')")["image"]
+            text += "".join(paths.sha256(self.foreground_file(image)) for image in used)
         return hashlib.sha256(text.encode()).hexdigest()
 
     def stamp(self) -> str:
@@ -225,9 +249,9 @@ def _shows_objects(s: Study) -> bool:
     """Whether all normals, and a shot of every defect, show a background beside their object; asked once a process."""
     key = s.root, s.data_key(s.seeds[0])
     if key not in _objects:
-        alone = {shot.defect for shot in s.shots(s.seeds[0]) if not foreground(shot.image).all()}
+        alone = {shot.defect for shot in s.shots(s.seeds[0]) if not trimap.foreground(shot.image).all()}
         normals = s.normals(s.seeds[0])
-        _objects[key] = alone == set(s.defects) and not any(bool(foreground(image).all()) for image in normals)
+        _objects[key] = alone == set(s.defects) and not any(bool(trimap.foreground(image).all()) for image in normals)
     return _objects[key]
 
 
@@ -242,6 +266,8 @@ def _check(s: Study, rows: pd.DataFrame) -> None:
         raise ValueError(f"prompts: {s.category} has no defect '{unknown[0]}'; it has: {', '.join(s.all_defects)}")
     if not ((rows["defect"] == "good") & (rows["side"] == "train")).any():
         raise ValueError(f"{s.category} has no normal image to draw on: put at least one into train/good")
+    if s.parameters.foregrounds is not None:
+        _check_foregrounds(s, rows)
     shots = rows.loc[rows["side"] == "shot", "defect"].value_counts()
     single = [defect for defect in s.defects if shots[defect] == 1]
     for name in [*s.methods, *s.variants] if single else []:
@@ -251,6 +277,22 @@ def _check(s: Study, rows: pd.DataFrame) -> None:
                 f"{s.category}/{single[0]} has one shot, and the mask source '{source}' of {name} interpolates between "
                 "two: add a second image with its mask, ask for other `defects`, or leave the method out of `methods`"
             )
+
+
+def _check_foregrounds(s: Study, rows: pd.DataFrame) -> None:
+    """One of the user's foregrounds for every image that is learned from, of its size and not empty."""
+    for image in dict.fromkeys(rows.loc[rows["side"].isin(["shot", "train"]), "image"]):
+        file = s.foreground_file(image)
+        if not file.is_file():
+            raise ValueError(
+                f"foregrounds: {file} is missing; the folder must hold a mask of the object, white on black, for every "
+                "shot and training normal, named as the image with .png"
+            )
+        given, wanted = open_pil(file).size, open_pil(s.root / image).size
+        if given != wanted:
+            raise ValueError(f"foregrounds: {file} is {given[0]} x {given[1]} px, its image {wanted[0]} x {wanted[1]}")
+        if not read_mask(file).any():
+            raise ValueError(f"foregrounds: {file} is all black: paint the object white, or leave the image out")
 
 
 def require_weights(parameters: Parameters) -> None:

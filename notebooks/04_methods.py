@@ -35,6 +35,7 @@ split = None
 tiles = None
 grid = None
 prompts = {}
+foregrounds = None
 runs_root = None
 figures_root = None
 
@@ -87,9 +88,9 @@ for row, defect in enumerate(s.defects):
     patch, mask, _ = random_masks.affine_crop(shot.image, shot.mask, rng)
     normal = normals[row]
     allowed = trimap.foreground(normal)
-    y, x = random_masks.place(mask, allowed, rng) or random_masks.centred(mask, allowed)  # it may fit nowhere whole
-    drawn, placed = crop_paste.paste(normal, patch, mask, y, x, feather=0)
-    moved, _ = crop_paste.paste(torch.zeros_like(normal), patch, mask, y, x, feather=0)
+    y, x = random_masks.place(mask, random_masks.Places(allowed), rng) or random_masks.centred(mask, allowed)  # it may fit nowhere whole
+    drawn, placed = augmentation.paste(normal, patch, mask, y, x, feather=0)
+    moved, _ = augmentation.paste(torch.zeros_like(normal), patch, mask, y, x, feather=0)
     steps.append([shot.image, torch.where(shot.mask, shot.image, 0.0), moved, allowed, drawn])
 figure = figures.sheet(steps, row_labels=list(s.defects), column_labels=labels)
 figures.save(figure, folder, f"crop_paste_steps_{s.category}")

@@ -39,6 +39,7 @@ split = None
 tiles = None
 grid = None
 prompts = {}
+foregrounds = None
 runs_root = None
 figures_root = None
 

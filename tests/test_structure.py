@@ -15,7 +15,7 @@ from defectlib import batch, params, paths
 
 ROOMS = [
     *("paths", "types", "images", "params", "data", "masks", "augmentation"),
-    *("backbone", "attention", "diffusion", "control", "fusion", "training", "branches", "adaptation"),
+    *("backbone", "attention", "diffusion", "control", "fusion", "training", "branches", "adaptation", "decoder"),
     *("methods", "sampling", "metrics", "downstream", "pretrain", "prepare", "runs", "study", "stages", "export"),
     *("published", "report", "doctor", "batch", "cli"),
 ]

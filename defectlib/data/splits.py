@@ -186,15 +186,15 @@ def shots(
     Raises:
         ValueError: There is no such shot, or a file cannot be decoded.
     """
-    rows = _rows(manifest, category, "shot", defects)
-    if rows.empty:
+    found = rows(manifest, category, "shot", defects)
+    if found.empty:
         raise ValueError(
             f"category '{category}' has no shots{' of ' + ', '.join(defects) if defects else ''}; "
             f"categories with shots: {', '.join(sorted(set(manifest.loc[manifest['side'] == 'shot', 'category'])))}"
         )
     return [
         Shot(layouts.read_image(row, root, size), layouts.read_mask(row, root, size), category, row.defect, row.id)
-        for row in rows.itertuples()
+        for row in found.itertuples()
     ]
 
 
@@ -216,10 +216,15 @@ def normals(
         size: Side of the square images, in px.
         limit: At most this many, spread evenly over the ids: neighbours are often pictures of one piece.
     """
-    rows = _rows(manifest, category, side, [GOOD])
-    if limit is not None and len(rows) > limit:
-        rows = rows.iloc[np.linspace(0, len(rows) - 1, limit).round().astype(int)]
-    return [layouts.read_image(row, root, size) for row in rows.itertuples()]
+    return [layouts.read_image(row, root, size) for row in normal_rows(manifest, category, side, limit).itertuples()]
+
+
+def normal_rows(manifest: pd.DataFrame, category: str, side: str = "train", limit: int | None = None) -> pd.DataFrame:
+    """The rows that :func:`normals` reads, in its order."""
+    found = rows(manifest, category, side, [GOOD])
+    if limit is not None and len(found) > limit:
+        found = found.iloc[np.linspace(0, len(found) - 1, limit).round().astype(int)]
+    return found
 
 
 def held_out(
@@ -234,14 +239,15 @@ def held_out(
         defects: Only these defect types (normals always come along); None takes all.
         size: Side of the square images, in px.
     """
-    rows = _rows(manifest, category, "test", None if defects is None else [*defects, GOOD])
+    found = rows(manifest, category, "test", None if defects is None else [*defects, GOOD])
     return [
         (layouts.read_image(row, root, size), layouts.read_mask(row, root, size), row.defect, row.id)
-        for row in rows.itertuples()
+        for row in found.itertuples()
     ]
 
 
-def _rows(manifest: pd.DataFrame, category: str, side: str, defects: Collection[str] | None) -> pd.DataFrame:
+def rows(manifest: pd.DataFrame, category: str, side: str, defects: Collection[str] | None) -> pd.DataFrame:
+    """Those of a category and a side, and of some defects ("good" is the normals); None takes all."""
     chosen = (manifest["category"] == category) & (manifest["side"] == side)
     if defects is not None:
         chosen &= manifest["defect"].isin(list(defects))

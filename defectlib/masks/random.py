@@ -8,8 +8,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy import fft
 from scipy.ndimage import map_coordinates
-from scipy.signal import fftconvolve
 from torch import Tensor
 
 # Points along each side of a pixel when coverage is measured.
@@ -174,13 +174,15 @@ def _warp(
         offsets = (np.arange(subpixels) + 0.5) / subpixels - 0.5
         rows = (np.arange(height)[:, None] + offsets).ravel() + top[0]
         columns = (np.arange(width)[:, None] + offsets).ravel() + top[1]
-        grid = np.stack(np.meshgrid(rows, columns, indexing="ij"))
-        return np.tensordot(backward, grid, 1)
+        return backward[:, :1, None] * rows[:, None] + backward[:, 1:, None] * columns
 
     k = _SUBPIXELS
-    # A pixel is a square, so order 0 at the sub-pixels measures area. A nudge keeps points off the squares' edges.
-    hits = map_coordinates(values.astype(np.float32), source(k) + 1e-7, order=0, mode="grid-constant")
-    cover = hits.reshape(height, k, width, k).mean(axis=(1, 3))
+    # A pixel is a square, so its value at the sub-pixels measures area. A nudge keeps points off the squares' edges.
+    framed = np.pad(values, 1)
+    nearest = np.floor(source(k) + (1.5 + 1e-7)).astype(np.intp)
+    for axis, side in zip(nearest, framed.shape):
+        np.clip(axis, 0, side - 1, out=axis)
+    cover = framed[tuple(nearest)].reshape(height, k, width, k).mean(axis=(1, 3))
     drawn = cover >= 0.5 * min(1.0, zoom) - 1e-6
     if not drawn.any():
         drawn = cover >= cover.max()
@@ -194,39 +196,69 @@ def _warp(
     return patch, torch.from_numpy(drawn[box].copy())[None], torch.from_numpy(cover[box].astype(np.float32))[None]
 
 
-def place(patch_mask: Tensor, foreground: Tensor, rng: np.random.Generator) -> tuple[int, int] | None:
-    """A corner (y, x) for a patch such that its whole mask lies inside the foreground, uniform among all such corners.
+class Places:
+    """Where masks may lie inside one foreground, bool (1, H, W); its spectrum is computed once for all masks.
 
-    One FFT correlation counts, for every corner at once, the mask's pixels that would fall outside.
+    One FFT correlation counts, for every corner at once, a mask's pixels that would fall outside.
+    """
+
+    def __init__(self, foreground: Tensor) -> None:
+        outside = ~foreground[0].numpy()
+        self._shape = outside.shape
+        # A corner at which the mask stays in the frame reads no pixel twice, so the circular form needs no padding.
+        self._spectrum = fft.rfft2(outside.astype(np.float32)) if outside.any() else None
+
+    def corners(self, mask: Tensor) -> NDArray[np.int64]:
+        """All corners (k, 2) as (y, x), in reading order, at which the whole mask, bool (1, h, w), lies inside.
+
+        A corner is negative only where the mask's own empty rim hangs over the frame.
+
+        Raises:
+            ValueError: The mask is empty.
+        """
+        tight, rim = _tight(mask)
+        free = np.subtract(self._shape, tight.shape) + 1
+        if free.min() < 1:
+            return np.empty((0, 2), np.int64)
+        if self._spectrum is None:
+            return np.indices(free).reshape(2, -1).T - rim
+        shifted = fft.rfft2(tight.astype(np.float32), self._shape)
+        missed = fft.irfft2(self._spectrum * shifted.conj(), self._shape)[: free[0], : free[1]]
+        return np.argwhere(missed < 0.5) - rim
+
+
+def _tight(mask: Tensor) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
+    """A mask without its empty rim, and the corner of what is left."""
+    values = mask[0].numpy()
+    if not values.any():
+        raise ValueError("an empty patch mask can be placed anywhere and shows nothing; leave the pair out")
+    rows, columns = np.flatnonzero(values.any(axis=1)), np.flatnonzero(values.any(axis=0))
+    tight = values[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    return tight, np.array([rows[0], columns[0]])
+
+
+def place(
+    patch_mask: Tensor, places: Places, rng: np.random.Generator, weights: NDArray[np.float64] | None = None
+) -> tuple[int, int] | None:
+    """A corner (y, x) for a patch such that its whole mask lies inside the foreground, or None if it fits nowhere.
 
     Args:
         patch_mask: bool (1, h, w), not empty.
-        foreground: bool (1, H, W).
+        places: Of the foreground.
         rng: Source of the choice.
-
-    Returns:
-        The patch's upper left corner, or None if the mask fits nowhere. It is negative only where the patch's own empty
-        rim hangs over the frame.
-
-    Raises:
-        ValueError: The mask is empty.
+        weights: How likely a mask's middle lies at each pixel, (H, W); None is alike anywhere. Where all that is legal
+            has no weight, each corner is as likely as the others.
     """
-    corners = legal_corners(patch_mask, foreground)
-    return None if len(corners) == 0 else tuple(int(value) for value in corners[rng.integers(len(corners))])
-
-
-def legal_corners(patch_mask: Tensor, foreground: Tensor) -> NDArray[np.int64]:
-    """All corners (k, 2) as (y, x), in reading order, at which the whole patch mask lies inside the foreground."""
-    mask = patch_mask[0].numpy()
-    if not mask.any():
-        raise ValueError("an empty patch mask can be placed anywhere and shows nothing; leave the pair out")
-    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-    tight = mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-    outside = ~foreground[0].numpy()
-    if any(part > whole for part, whole in zip(tight.shape, outside.shape)):
-        return np.empty((0, 2), np.int64)
-    missed = fftconvolve(outside.astype(float), tight[::-1, ::-1].astype(float), mode="valid")
-    return np.argwhere(missed < 0.5) - (rows[0], columns[0])
+    corners = places.corners(patch_mask)
+    if len(corners) == 0:
+        return None
+    chances = None
+    if weights is not None:
+        middle = np.argwhere(patch_mask[0].numpy()).mean(axis=0)
+        rows, columns = np.rint(corners + middle).astype(int).T
+        chances = weights[rows, columns]
+        chances = chances / chances.sum() if chances.sum() > 0 else None
+    return tuple(int(value) for value in corners[rng.choice(len(corners), p=chances)])
 
 
 def centred(patch_mask: Tensor, foreground: Tensor) -> tuple[int, int]:

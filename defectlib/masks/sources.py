@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from defectlib.masks import interpolation, random, trimap
@@ -26,10 +27,28 @@ def affine(
     A mask that fits nowhere whole is drawn again, at most eight times; the last one is then centred on the foreground
     and cut to it.
     """
+    return _moved(rng, shots, trimap.foreground(normal), None, refused)
+
+
+def affine_as_shots(
+    rng: np.random.Generator, shots: Sequence[Shot], normal: Tensor, refused: Counter[str] | None = None
+) -> Tensor:
+    """As :func:`affine`, but as deep inside the object as the shots' own masks: a rim's defects stay on the rim."""
     allowed = trimap.foreground(normal)
+    return _moved(rng, shots, allowed, trimap.like_shots(shots, allowed), refused)
+
+
+def _moved(
+    rng: np.random.Generator,
+    shots: Sequence[Shot],
+    allowed: Tensor,
+    weights: NDArray[np.float64] | None,
+    refused: Counter[str] | None,
+) -> Tensor:
+    places = random.Places(allowed)
     for _ in range(ATTEMPTS):
         patch = random.affine(shots[rng.integers(len(shots))].mask, rng)
-        corner = random.place(patch, allowed, rng)
+        corner = random.place(patch, places, rng, weights)
         if corner is not None:
             return random.at(patch, corner, allowed.shape[1:])
         if refused is not None:
@@ -46,4 +65,6 @@ def perlin(
 
 
 MaskSource = Callable[..., Tensor]
-SOURCES: dict[str, MaskSource] = {"affine": affine, "perlin": perlin, "hmi_image": interpolation.hmi_image}
+SOURCES: dict[str, MaskSource] = {
+    "affine": affine, "affine_as_shots": affine_as_shots, "perlin": perlin, "hmi_image": interpolation.hmi_image,
+}  # fmt: skip

@@ -8,12 +8,17 @@ tiles and MVTec 3D-AD's tire. A plain surface with one strong defect and nothing
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy import ndimage
 from skimage.filters import threshold_otsu
 from torch import Tensor
+
+from defectlib.types import Shot
 
 DEFECT, OBJECT, BACKGROUND = 1.0, 0.5, 0.0
 
@@ -37,16 +42,43 @@ PART = 0.10
 """Parts smaller than this share of the largest part are dropped."""
 
 
+NEARNESS = 0.1
+"""Standard deviation of the depth at which a defect may lie from that of a shot's, where 1 is the deepest."""
+
+
+def know(image: Tensor, given: Tensor) -> None:
+    """Say what is object in an image, bool (1, H, W), in this process: :func:`foreground` then finds nothing by itself.
+
+    Raises:
+        ValueError: The sizes differ, or there is no object.
+    """
+    if given.shape[1:] != image.shape[1:]:
+        raise ValueError(f"the foreground is {tuple(given.shape[1:])} but its image is {tuple(image.shape[1:])}")
+    if not given.any():
+        raise ValueError("the foreground is empty")
+    _known[_name(image)] = given
+
+
+_known: dict[bytes, Tensor] = {}
+
+
+def _name(image: Tensor) -> bytes:
+    return hashlib.sha256(image.contiguous().numpy()).digest()
+
+
 def foreground(image: Tensor) -> Tensor:
     """The object's pixels, bool (1, H, W); all True where the surface fills the frame.
 
-    A plane is fitted to the border's colours, each pixel's distance from it, in units of the border's own scatter, is
-    split by Otsu's threshold, small holes are filled and small parts dropped. The image is one surface if its border is
-    not plain, if what was split off hardly differs from the border, or if it covers nearly nothing or everything.
+    What :func:`know` was told of the image stands before what is found. Else a plane is fitted to the border's colours,
+    each pixel's distance from it, in units of the border's own scatter, is split by Otsu's threshold, small holes are
+    filled and small parts dropped. The image is one surface if its border is not plain, if what was split off hardly
+    differs from the border, or if it covers nearly nothing or everything.
 
     Args:
         image: float32 (3, H, W) in [-1, 1].
     """
+    if _known and (given := _known.get(_name(image))) is not None:
+        return given
     pixels = image.numpy().transpose(1, 2, 0).astype(float)
     whole = torch.ones(1, *image.shape[1:], dtype=torch.bool)
     border = _border(pixels.shape[:2])
@@ -79,6 +111,33 @@ def trimap(mask: Tensor, foreground: Tensor) -> Tensor:
     if mask.shape != foreground.shape:
         raise ValueError(f"the mask is {tuple(mask.shape)} but the foreground is {tuple(foreground.shape)}")
     return torch.where(mask, DEFECT, torch.where(foreground, OBJECT, BACKGROUND)).float()
+
+
+def depth(foreground: Tensor) -> NDArray[np.float64]:
+    """How far inside the object each pixel lies, (H, W): 0 outside, 1 where it is farthest from the background.
+
+    The frame is no background; where the surface fills it, all is 1.
+    """
+    inside = foreground[0].numpy()
+    if inside.all():
+        return np.ones(inside.shape)
+    distance = ndimage.distance_transform_edt(inside)
+    return distance / max(distance.max(), 1)
+
+
+def like_shots(shots: Sequence[Shot], foreground_: Tensor) -> NDArray[np.float64]:
+    """How likely a defect's middle lies at each pixel of a foreground, (H, W), if defects keep to the shots' depths.
+
+    A defect of the rim stays on the rim, wherever the object lies and however it is turned: the depths of the shots'
+    masks, each spread by :data:`NEARNESS`. All ones where the surface fills the frame.
+
+    Args:
+        shots: Of one defect.
+        foreground_: bool (1, H, W), of the normal image that is drawn on.
+    """
+    own = depth(foreground_)
+    found = [depth(foreground(shot.image))[shot.mask[0].numpy()].mean() for shot in shots]
+    return np.mean([np.exp(-(((own - at) / NEARNESS) ** 2) / 2) for at in found], axis=0)
 
 
 def _border(shape: tuple[int, int]) -> NDArray[np.bool_]:

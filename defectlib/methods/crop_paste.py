@@ -15,12 +15,11 @@ from typing import ClassVar
 import numpy as np
 import torch
 from pydantic import Field
-from scipy.ndimage import distance_transform_edt
 from torch import Tensor
 
 from defectlib import paths
+from defectlib.augmentation import composite
 from defectlib.backbone import Backbone
-from defectlib.masks.random import affine_crop, at, centred, place, windows
 from defectlib.masks.trimap import foreground
 from defectlib.methods.base import MethodConfig, load_shots, register, save_shots
 from defectlib.types import Request, Sample, Shot
@@ -40,25 +39,6 @@ class CropPasteConfig(MethodConfig):
     inside_foreground: bool = True
     feather: float = Field(0.0, ge=0)
     attempts: int = Field(8, ge=1)
-
-
-def paste(normal: Tensor, patch: Tensor, mask: Tensor, y: int, x: int, feather: float) -> tuple[Tensor, Tensor]:
-    """Paste ``patch`` (3, h, w) where ``mask`` (1, h, w) with its corner at (y, x); parts outside the image are cut.
-
-    Returns:
-        The image (3, H, W) and its mask (1, H, W). Outside the mask the normal is untouched, whatever the feather: the
-        blend runs from the mask's edge inwards.
-    """
-    frame = tuple(normal.shape[1:])
-    placed = at(mask, (y, x), frame)
-    outside, inside = windows(tuple(mask.shape[1:]), (y, x), frame)
-    drawn = normal.clone()
-    drawn[outside] = torch.where(mask[inside], patch[inside], normal[outside])
-    if feather > 0:
-        depth = distance_transform_edt(placed[0].numpy())
-        alpha = torch.from_numpy(np.minimum(1.0, depth / (feather + 1))).float()[None]
-        drawn = torch.where(placed, normal + alpha * (drawn - normal), normal)
-    return drawn, placed
 
 
 @register("crop_paste")
@@ -92,27 +72,14 @@ class CropPaste:
         shots = [shot for shot in self.shots if shot.defect == request.defect]
         if not shots:
             raise ValueError(f"Crop-Paste was fitted without a shot of '{request.defect}': add one or drop the defect")
-        rng = np.random.default_rng(request.seed)
-        allowed = (
-            foreground(request.normal) if self.config.inside_foreground else torch.ones_like(request.normal[:1]) > 0
-        )
-        for _ in range(self.config.attempts):
-            patch, mask = self._cut(shots[rng.integers(len(shots))], rng)
-            corner = place(mask, allowed, rng)
-            if corner is not None:
-                break
-        else:
-            corner = centred(mask, allowed)  # the last defect fits nowhere whole: what hangs over is cut off
-        image, placed = paste(request.normal, patch, mask, *corner, self.config.feather)
-        if self.config.inside_foreground and not (placed <= allowed).all():
-            placed &= allowed
-            image = torch.where(placed, image, request.normal)
+        config, rng = self.config, np.random.default_rng(request.seed)
+        anywhere = torch.ones_like(request.normal[:1], dtype=torch.bool)
+        image, placed = composite(
+            shots, request.normal, foreground(request.normal) if config.inside_foreground else anywhere, rng,
+            rotate=config.rotate, scale=(config.scale_low, config.scale_high), flip=config.flip,
+            feather=config.feather, attempts=config.attempts,
+        )  # fmt: skip
         return Sample(image, placed, request.category, request.defect, request.seed, request.group)
-
-    def _cut(self, shot: Shot, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-        config = self.config
-        scale = (config.scale_low, config.scale_high)
-        return affine_crop(shot.image, shot.mask, rng, rotate=config.rotate, scale=scale, flip=config.flip)[:2]
 
     def save(self, folder: Path) -> None:
         """Shots as ``shots.safetensors`` with their names beside them in JSON, and the configuration."""

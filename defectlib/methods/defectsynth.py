@@ -39,12 +39,12 @@ from skimage.exposure import match_histograms
 from torch import Tensor
 
 from defectlib import paths
-from defectlib.adaptation import adapt, restore
+from defectlib.adaptation import restore, to_normals
 from defectlib.attention import AttentionWeights, reweighted, selective_weights
 from defectlib.augmentation import training_pictures
 from defectlib.backbone import ENCODE_BATCH, Backbone
-from defectlib.control import denoising_loss, embedded_once, new_controlnet
-from defectlib.diffusion import denoise, dilated, noise_like, reach, to_latents
+from defectlib.control import denoising_loss, embedded_once, new_controlnet, steered
+from defectlib.diffusion import at_level, denoise, dilated, noise_like, reach, to_latents
 from defectlib.fusion import fuse
 from defectlib.masks import alignment
 from defectlib.methods.base import MethodConfig, load_shots, register, save_shots
@@ -212,14 +212,8 @@ class DefectSynth:
         """Draw from here on with a base model that has seen the category's normal images, as "a <category>"."""
         if not normals:
             raise ValueError("adapt_steps is given, but there is no normal image to adapt the base model to")
-        config = self.config
-        settings = FitSettings(
-            steps=config.adapt_steps, batch_size=config.train_batch_size, learning_rate=config.adapt_learning_rate,
-            precision=config.precision,
-        )  # fmt: skip
-        prompt = f"a {self.shots[0].category}".replace("_", " ")
-        self.backbone, self.adapter, _ = adapt(
-            self.base, torch.stack(list(normals)), prompt, settings, rank=config.adapt_rank, seed=seed, folder=folder
+        self.backbone, self.adapter = to_normals(
+            self.base, normals, self.shots[0].category, self.config, seed=seed, folder=folder
         )
 
     @torch.no_grad()
@@ -273,8 +267,7 @@ class DefectSynth:
         noise = noise_like([r.seed for r in requests], shape).to(base.device)
         prompts = [r.prompt for r in requests]
         text = base.embed(prompts)
-        guided = config.guidance_scale > 1
-        if guided:
+        if config.guidance_scale > 1:
             text, hint = torch.cat([base.embed([""] * len(prompts)), text]), torch.cat([hint, hint])
         reference = self._references(requests, shape[1:]) if config.sae else None
         weights = AttentionWeights()
@@ -285,29 +278,22 @@ class DefectSynth:
                     reference, latents, mask,
                     softmax_over=config.sae_softmax, cap=config.sae_cap, form=config.sae_form,
                 ))  # fmt: skip
-            model_input = torch.cat([latents, latents]) if guided else latents
-            residuals, middle = self.controlnet(
-                model_input, timestep, text, embedded, conditioning_scale=config.controlnet_scale, return_dict=False
-            )
-            predicted = base.unet(
-                model_input, timestep, text,
-                down_block_additional_residuals=residuals, mid_block_additional_residual=middle,
-            ).sample  # fmt: skip
-            if not guided:
-                return predicted
-            without, with_text = predicted.chunk(2)
-            return without + config.guidance_scale * (with_text - without)
+            return steer(latents, timestep)
 
         def blend(done: float, latents: Tensor, x0: Tensor) -> Tensor:
             following = base.scheduler.timesteps[round(done * config.num_inference_steps) :]
             timestep = int(following[0]) if len(following) else 0
-            background = base.scheduler.add_noise(normal, noise, following[:1]) if len(following) else normal
+            background = at_level(normal, noise, base.scheduler, done)
             inside = dilated(mask, reach(timestep, shape[1], config.dilation))
             return torch.where(inside, latents, background)
 
         seeds = [r.seed for r in requests]
         base.scheduler.set_timesteps(config.num_inference_steps)
         with reweighted(base.unet, weights), embedded_once(self.controlnet, hint) as embedded:
+            steer = steered(
+                self.controlnet, base, text, embedded,
+                guidance_scale=config.guidance_scale, controlnet_scale=config.controlnet_scale,
+            )  # fmt: skip
             latents = denoise(
                 predict, blend(0.0, noise, noise), base.scheduler, config.num_inference_steps, [blend],
                 eta=config.eta, seeds=seeds,

@@ -19,6 +19,10 @@ METHOD_TITLES = {name: title for title, name in published.METHODS.items()} | {
     "crop_paste_anywhere": "Crop-Paste, anywhere", "crop_paste_feather": "Crop-Paste, feather 2 px",
     "dualanodiff_no_interaction": "DualAnoDiff w/o SAIM", "dualanodiff_compensated": "DualAnoDiff with BCM",
     "dualanodiff_as_released": "DualAnoDiff, as released",
+    "adabldm_no_latent_editing": "AdaBLDM w/o latent editing", "adabldm_no_image_editing": "AdaBLDM w/o image editing",
+    "adabldm_no_decoder_adaptation": "AdaBLDM w/o decoder adaptation",
+    "adabldm_as_shots": "AdaBLDM, as deep as the shots", "adabldm_mask_hint": "AdaBLDM, mask in the trimap's place",
+    "adabldm_as_released": "AdaBLDM, as released",
 }  # fmt: skip
 DATASET_TITLES = {name: title for title, name in published.DATASETS.items()}
 METRIC_TITLES = {

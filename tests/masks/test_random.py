@@ -153,24 +153,24 @@ CORNER = picture(["##", "#."])
 
 def test_legal_corners_counted_by_hand():
     # The L of three fits at (0,1), (1,0), (1,1); at (1,2) its foot (2,2) is object too. Elsewhere it hangs over.
-    assert random.legal_corners(CORNER, FOREGROUND).tolist() == [[0, 1], [1, 0], [1, 1], [1, 2]]
-    assert random.place(torch.ones(1, 3, 3, dtype=torch.bool), FOREGROUND, rng()) is None
-    assert random.place(torch.ones(1, 5, 1, dtype=torch.bool), FOREGROUND, rng()) is None, "larger than the image"
+    assert random.Places(FOREGROUND).corners(CORNER).tolist() == [[0, 1], [1, 0], [1, 1], [1, 2]]
+    assert random.place(torch.ones(1, 3, 3, dtype=torch.bool), random.Places(FOREGROUND), rng()) is None
+    assert random.place(torch.ones(1, 5, 1, dtype=torch.bool), random.Places(FOREGROUND), rng()) is None, "larger than the image"
 
 
 def test_only_the_masks_own_pixels_must_fit():
     ring = picture(["###", "#.#", "###"])
-    assert random.place(ring, ring, rng()) == (0, 0)
+    assert random.place(ring, random.Places(ring), rng()) == (0, 0)
 
 
 def test_an_empty_rim_of_the_patch_may_hang_over():
     rimmed = torch.nn.functional.pad(CORNER, (2, 1, 1, 3))
-    expected = (random.legal_corners(CORNER, FOREGROUND) - [1, 2]).tolist()
-    assert random.legal_corners(rimmed, FOREGROUND).tolist() == expected
+    expected = (random.Places(FOREGROUND).corners(CORNER) - [1, 2]).tolist()
+    assert random.Places(FOREGROUND).corners(rimmed).tolist() == expected
 
 
 def test_place_is_uniform_over_the_legal_corners():
-    counts = Counter(random.place(CORNER, FOREGROUND, rng(seed)) for seed in range(2000))
+    counts = Counter(random.place(CORNER, random.Places(FOREGROUND), rng(seed)) for seed in range(2000))
     assert set(counts) == {(0, 1), (1, 0), (1, 1), (1, 2)}
     # Standard deviation of a count is sqrt(2000 * 1/4 * 3/4) = 19.4.
     assert all(abs(count - 500) < 80 for count in counts.values())
@@ -182,12 +182,12 @@ def test_place_agrees_with_trying_every_corner():
     patch = torch.from_numpy(source.random((1, 3, 4)) < 0.6)
     patch[0, 0, 0] = patch[0, 2, 3] = True
     legal = [[y, x] for y in range(18) for x in range(21) if bool((allowed[:, y : y + 3, x : x + 4] | ~patch).all())]
-    assert legal and random.legal_corners(patch, allowed).tolist() == legal
+    assert legal and random.Places(allowed).corners(patch).tolist() == legal
 
 
 def test_place_refuses_an_empty_patch():
     with pytest.raises(ValueError, match="empty patch"):
-        random.place(torch.zeros(1, 2, 2, dtype=torch.bool), FOREGROUND, rng())
+        random.place(torch.zeros(1, 2, 2, dtype=torch.bool), random.Places(FOREGROUND), rng())
 
 
 def test_what_fits_nowhere_is_cut_and_never_empty():

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 
+from defectlib import augmentation
 from defectlib.methods import base, crop_paste
 from defectlib.types import Request, Shot
 
@@ -10,7 +11,7 @@ def test_paste_by_hand():
     normal = torch.zeros(3, 4, 4)
     patch = torch.ones(3, 2, 2)
     mask = torch.tensor([[[True, False], [True, True]]])
-    image, placed = crop_paste.paste(normal, patch, mask, 1, 2, feather=0)
+    image, placed = augmentation.paste(normal, patch, mask, 1, 2, feather=0)
     expected = torch.zeros(4, 4, dtype=torch.bool)
     expected[1, 2] = expected[2, 2] = expected[2, 3] = True
     assert torch.equal(placed[0], expected)
@@ -20,14 +21,14 @@ def test_paste_by_hand():
 @pytest.mark.parametrize(("y", "x", "kept"), [(-1, -1, 1), (3, 3, 1), (0, -1, 2)])
 def test_what_hangs_over_the_edge_is_cut(y, x, kept):
     mask = torch.ones(1, 2, 2, dtype=torch.bool)
-    _, placed = crop_paste.paste(torch.zeros(3, 4, 4), torch.ones(3, 2, 2), mask, y, x, feather=0)
+    _, placed = augmentation.paste(torch.zeros(3, 4, 4), torch.ones(3, 2, 2), mask, y, x, feather=0)
     assert placed.sum() == kept
 
 
 def test_feather_blends_inwards_only():
     normal, mask = torch.zeros(3, 16, 16), torch.ones(1, 9, 9, dtype=torch.bool)
-    hard, placed = crop_paste.paste(normal, torch.ones(3, 9, 9), mask, 3, 3, feather=0)
-    soft, same = crop_paste.paste(normal, torch.ones(3, 9, 9), mask, 3, 3, feather=2)
+    hard, placed = augmentation.paste(normal, torch.ones(3, 9, 9), mask, 3, 3, feather=0)
+    soft, same = augmentation.paste(normal, torch.ones(3, 9, 9), mask, 3, 3, feather=2)
     assert torch.equal(placed, same) and (soft[:, ~placed[0]] == 0).all()
     assert soft[0, 3, 7].item() == pytest.approx(1 / 3) and soft[0, 4, 7].item() == pytest.approx(2 / 3)
     assert soft[0, 7, 7] == 1 and not torch.equal(hard, soft)
