@@ -3,10 +3,11 @@
     python benchmarks/placement.py
 
 The foregrounds are the full frame, a compact disc, and a thin ring. Ours counts the illegal pixels of every corner by
-one correlation whose one half is computed once a foreground. Beside it stands plain rejection by trial on the ring: the
-same moved masks, each put at random corners until one is legal, at most 1,000 times. The last line is JSON: ``legal`` is
-how many of the 3,000 lie wholly inside (checked pixel by pixel), ``ours_s`` the time of all, moving included; ``ratio``
-is ours / rejection on the ring without the moving, and ``rejection_gave_up`` how often no legal corner was met.
+one correlation whose one half is computed once a foreground. Beside it stands plain rejection by trial on the ring:
+the same moved masks, each put at random corners until one is legal, at most 1,000 times. The last line is JSON:
+``legal`` is how many of the 3,000 lie wholly inside (checked pixel by pixel), ``ours_s`` the time of all, moving
+included; ``ratio`` is ours / rejection on the ring without the moving, and ``rejection_gave_up`` how often no legal
+corner was met. Rejection is quick where it succeeds; what it cannot do is end in bounded time.
 """
 
 import json

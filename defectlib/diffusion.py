@@ -185,6 +185,18 @@ def at_level(clean: Tensor, noise: Tensor, scheduler: DDIMScheduler, done: float
     return scheduler.add_noise(clean, noise, following[:1]) if len(following) else clean
 
 
+def kept_outside(inside: Tensor, clean: Tensor, noise: Tensor, scheduler: DDIMScheduler) -> Hook:
+    """A hook of blended latent diffusion: outside, other latents' noised to the level that the loop goes on from.
+
+    Args:
+        inside: Where the loop's own latents stay, bool (N, 1, h, w).
+        clean: x_0 of what stands outside, (N, C, h, w); the other arguments are :func:`at_level`'s.
+        noise: See above.
+        scheduler: See above.
+    """
+    return lambda done, latents, x0: torch.where(inside, latents, at_level(clean, noise, scheduler, done))
+
+
 def prompted(base: Backbone, prompts: Sequence[str], scale: float = 1.0) -> Callable[[Tensor, Tensor], Tensor]:
     """What a base model predicts from (x_t, t) for N latents' prompts, or one prompt for all of them.
 

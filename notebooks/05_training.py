@@ -45,11 +45,13 @@ figures_root = None
 # %%
 import json
 
+import numpy as np
 import pandas as pd
 from IPython.display import display
 from safetensors.torch import load_file
 
-from defectlib import params, stages, study
+from defectlib import augmentation, params, stages, study
+from defectlib.masks import trimap
 from defectlib.report import figures, layout, tables
 
 p = params.read(globals())
@@ -64,6 +66,30 @@ figures.style()
 shots, normals = s.shots(s.seeds[0]), s.normals(s.seeds[0])
 print(f"{s.category}: {len(normals)} normals of {s.size} px, shots per defect:")
 pd.Series([shot.defect for shot in shots]).value_counts(sort=False).rename("shots").to_frame()
+
+# %% [markdown]
+# ## Composites
+#
+# AdaBLDM does not learn from the shots themselves: a shot's defect is cut out, turned, scaled and pasted inside the object of
+# a normal image, and the trimap says where. A composite is a function of the fit's seed and its number; none is kept as a
+# file. The first ones of each defect, with the trimaps that the ControlNet reads:
+
+# %%
+rows, labels = [], []
+for defect in s.defects:
+    own = [shot for shot in shots if shot.defect == defect]
+    made = [
+        augmentation.composite(own, normals[k], trimap.foreground(normals[k]), np.random.default_rng(k))
+        for k in range(min(6, len(normals)))
+    ]
+    rows += [
+        [image for image, _ in made],
+        [trimap.trimap(mask, trimap.foreground(normals[k])) for k, (_, mask) in enumerate(made)],
+    ]
+    labels += [defect, "trimap"]
+figure = figures.sheet(rows, row_labels=labels)
+figures.save(figure, folder, f"adabldm_composites_{s.category}")
+figure
 
 # %% [markdown]
 # ## Configuration
@@ -95,7 +121,8 @@ described = {run: json.loads((model / "method.json").read_text()) for run, model
 #
 # Parameters of the parts. What is trained is counted in the files of the fit, what is frozen in the base model. A ControlNet
 # starts as a copy of the UNet's first half, with layers of zeros where it joins the UNet, so that training starts from the
-# base model's own predictions. DualAnoDiff has a model for every defect, and its trained layers start without effect too.
+# base model's own predictions. DualAnoDiff and AdaBLDM have a model for every defect, and DualAnoDiff's trained layers start
+# without effect too.
 
 # %%
 rows = []
@@ -106,7 +133,7 @@ for method in s.methods:
         rows.append([title, "nothing: the shots are kept", 0, "trained"])
     for file in learned:
         count = sum(tensor.numel() for tensor in load_file(file).values())
-        rows.append([title, file.relative_to(model).parts[0].removesuffix(".safetensors"), count, "trained"])
+        rows.append([title, " ".join(file.relative_to(model).parts[:-1]) or file.stem, count, "trained"])
     frozen = {"unet": base.unet, "vae": base.vae, "text_encoder": base.text_encoder} if base else {}
     rows += [[title, part, sum(w.numel() for w in net.parameters()), "frozen"] for part, net in frozen.items()]
 parts = pd.DataFrame(rows, columns=["method", "part", "parameters", "state"])
@@ -138,7 +165,7 @@ else:
 # %% [markdown]
 # ## What it costs
 #
-# *Items* are the shots, with `flips` also their mirror images and half turns, with `crops` also windows of them; *passes* is how often each was seen.
+# *Items* are the shots, with `flips` also their mirror images and half turns, with `crops` also windows of them, and for AdaBLDM its composites; *passes* is how often each was seen.
 # *Seconds* are the fit's own; the peak memory is this process's, or the GPU's where there is one.
 
 # %%
@@ -147,6 +174,7 @@ for (method, seed), record in records.items():
     config = s.config(method).model_dump()
     steps = sum(curve[-1][0] for curve in curves[method, seed].values() if curve)
     items = len(s.shots(seed)) * (4 if config.get("flips") else 1) * (1 + config.get("crops", 0))
+    items = config.get("composites", 0) * len(s.defects) or items
     seconds = next(row["value"] for row in record["metrics"] if row["metric"] == "fit_s")
     size = sum(file.stat().st_size for file in models[method, seed].rglob("*") if file.is_file()) / 2**20
     passes = steps * config.get("train_batch_size", 0) / items

@@ -49,7 +49,7 @@ from defectlib.augmentation import composite
 from defectlib.backbone import ENCODE_BATCH, Backbone
 from defectlib.control import denoising_loss, embedded_once, new_controlnet, steered
 from defectlib.decoder import Part, adapted
-from defectlib.diffusion import Hook, at_level, denoise, dilated, noise_like, to_latents
+from defectlib.diffusion import Hook, at_level, denoise, dilated, kept_outside, noise_like, to_latents
 from defectlib.masks.random import Places
 from defectlib.masks.trimap import foreground, like_shots, trimap
 from defectlib.methods.base import MethodConfig, register
@@ -401,13 +401,8 @@ class AdaBLDM:
         normal = base.encode(normals)
         cells = to_latents(masks, tuple(normal.shape[2:])).to(base.device)
         inside = dilated(cells, round(config.dilation * normal.shape[-1]))
-
-        def edit(done: float, latents: Tensor, x0: Tensor) -> Tensor:
-            if config.stage(done) != "latent":
-                return latents
-            return torch.where(inside, latents, at_level(normal, noise, base.scheduler, done))
-
-        return edit
+        edit = kept_outside(inside, normal, noise, base.scheduler)
+        return lambda done, latents, x0: edit(done, latents, x0) if config.stage(done) == "latent" else latents
 
     def _image_editing(self, normals: Tensor, masks: Tensor, seeds: Sequence[int]) -> Hook:
         """The third stage: what is decoded gets the normal's pixels outside the defect, and noise of its own anew."""

@@ -34,9 +34,12 @@ NORMALS = [surface(k) for k in range(4)]
 QUICK = {
     "defectsynth": {"steps": 2, "train_batch_size": 2, "num_inference_steps": 2, "batch_size": 2},
     "dualanodiff": {"steps": 2, "train_batch_size": 2, "rank": 4, "num_inference_steps": 2, "batch_size": 2},
-    "adabldm": {"steps": 2, "composites": 6, "train_batch_size": 2, "adapt_steps": 1, "num_inference_steps": 4, "batch_size": 2, "decoder_steps": 2},
+    "adabldm": {
+        "steps": 2, "composites": 6, "train_batch_size": 2, "adapt_steps": 1, "num_inference_steps": 4,
+        "batch_size": 2, "decoder_steps": 2,
+    },
     "symmetry_aware": {"steps": 2, "train_batch_size": 2, "rank": 4, "num_inference_steps": 2, "batch_size": 2},
-}
+}  # fmt: skip
 
 
 # Beside each method as it is: what changes the path that its samples take.
