@@ -7,7 +7,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 from defectlib import params, paths
 from defectlib.params import Parameters
@@ -87,10 +87,11 @@ def _data_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--profile", default="demo", help="smoke, demo or paper")
     sub.add_argument("--dataset", default="mini", help="mini, mvtec_ad, gdxray, magnetic_tile, ..., or folder")
     sub.add_argument("--data-root", help="where the data set lies; default data/<dataset>")
-    sub.add_argument("--split", choices=["first_third", "random_thirds", "all_shots"], help="default: the profile's")
+    sub.add_argument("--split", choices=get_args(params.SplitRule), help="default: the profile's")
     sub.add_argument(
         "--tiles", type=_tiles, help="side of square crops in px, or auto, or none; default: as the data set needs"
     )
+    sub.add_argument("--foregrounds", help="a folder of your own masks of the objects, a .png an image; default: found")
     sub.add_argument("--runs", help="the runs folder; default runs/")
     sub.add_argument("--figures", help="where tables and figures go; default: beside the runs")
 
@@ -122,6 +123,7 @@ def _parameters(a: argparse.Namespace, **more: Any) -> Parameters:
     values = {
         "profile": a.profile, "dataset": a.dataset, "data_root": a.data_root and str(Path(a.data_root).resolve()),
         "split": a.split, "tiles": a.tiles, "runs_root": a.runs and str(Path(a.runs).resolve()),
+        "foregrounds": a.foregrounds and str(Path(a.foregrounds).resolve()),
         "figures_root": a.figures and str(Path(a.figures).resolve()), **more,
     }  # fmt: skip
     return params.validate({name: value for name, value in values.items() if value is not None}, "command line")

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from defectlib import paths
 
 MIN_TILE = 16
-SplitRule = Literal["first_third", "random_thirds", "all_shots"]
+SplitRule = Literal["first_third", "random_thirds", "ten_shots", "all_shots"]
 
 
 class Strict(BaseModel):

@@ -211,7 +211,8 @@ def downstream(s: Study, method: str, seed: int) -> dict[str, Any]:
     source = [s.data_key(seed)] if method == SHOTS_ONLY else [sample(s, method, seed)["key"]]
     values = {
         "downstream": settings.model_dump(), "defects": s.defects, "seed": seed,
-        "pro_limit": regions.PRO_LIMIT,  # runs from before PRO was measured are measured again
+        # Runs from before PRO, and scores by defect, were measured are measured again.
+        "pro_limit": regions.PRO_LIMIT, "by_defect": True,
     }  # fmt: skip
     folder, key = s.folder(method, seed), runs.stage_key(values, source)
     if (record := folder.complete("downstream", key)) is not None:
@@ -265,7 +266,13 @@ def _classification(s: Study, folder: RunFolder, shots: list, drawn: list, held_
     paths.write_text(folder.path / "predictions" / "classification.csv", table.to_csv(index=False))
     scores = regions.classification_metrics(table["true"].tolist(), table["predicted"].tolist(), list(s.defects))
     protocol |= {"final_loss": curve[-1], "confusion": scores["confusion"]}
-    return [{"metric": m, "value": scores[m], "protocol": protocol} for m in ("accuracy", "f1_macro")]
+    rows = [{"metric": m, "value": scores[m], "protocol": protocol} for m in ("accuracy", "f1_macro")]
+    for defect, own in regions.by_defect(scores["confusion"], list(s.defects)).items():
+        told = {"task": "classification", "n_real": sum(name == defect for *_, name, _ in test)}
+        rows += [
+            {"metric": m + regions.BY_DEFECT, "value": v, "defect": defect, "protocol": told} for m, v in own.items()
+        ]
+    return rows
 
 
 def _localisation(s: Study, folder: RunFolder, train: list, held_out: list, seed: int) -> list[dict]:
@@ -294,11 +301,25 @@ def _localisation(s: Study, folder: RunFolder, train: list, held_out: list, seed
         "left_out": offered - len(train), "image_size": s.size, "final_loss": curve[-1],
         "pro_limit": regions.PRO_LIMIT, "n_instances": len(regions.instances(truth)),
     }  # fmt: skip
+    rows = _region_scores(maps, truth, protocol)
+    labels = np.array([defect for _, _, defect, _ in held_out])
+    for defect in s.defects:  # against all normals
+        own = (labels == defect) | (labels == "good")
+        told = {"task": "localisation", "n_real": int(own.sum()), "n_instances": len(regions.instances(truth[own]))}
+        rows += [
+            row | {"metric": row["metric"] + regions.BY_DEFECT, "defect": defect}
+            for row in _region_scores(maps[own], truth[own], told)
+        ]
+    return rows
+
+
+def _region_scores(maps: np.ndarray, truth: np.ndarray, protocol: dict) -> list[dict]:
+    """Per pixel, per image and per instance; maps (N, H, W) in [0, 1], truth bool."""
     scores = (
         regions.pixel_metrics(maps, truth)
         | regions.image_metrics(regions.image_scores(maps), truth.any(axis=(1, 2)))
         | regions.instance_metrics(maps, truth)
     )
     if undefined := regions.why_undefined(truth):
-        protocol["why_withheld"] = undefined
+        protocol = protocol | {"why_withheld": undefined}
     return [{"metric": name, "value": value, "protocol": protocol} for name, value in scores.items()]

@@ -19,6 +19,7 @@ from torch import Tensor
 from defectlib import backbone, diffusion, params, paths, prepare, runs
 from defectlib.backbone import Backbone
 from defectlib.data import layouts, splits
+from defectlib.data.readers import GOOD
 from defectlib.images import open_pil, read_mask
 from defectlib.masks import latent, sources, trimap
 from defectlib.masks.sources import MaskSource
@@ -74,6 +75,12 @@ class Study:
             if not given.any():
                 raise ValueError(f"foregrounds: {file} shows no object in the tile {row.box}: set tiles to none")
             trimap.know(picture, given)
+
+    def learned_from(self, seed: int) -> list[str]:
+        """The image files of the shots and the training normals."""
+        rows = self.manifest(seed)
+        used = rows["side"].isin(["shot", "train"]) & rows["defect"].isin([*self.defects, GOOD])
+        return list(dict.fromkeys(rows.loc[used, "image"]))
 
     def foreground_file(self, image: str) -> Path:
         """Where the user's own mask of the object in an image of the data set lies."""
@@ -174,8 +181,7 @@ class Study:
         """sha256 over the split rows, the defects, how images are read, and the user's own foregrounds."""
         text = self.manifest(seed).to_csv(index=False) + json.dumps([self.defects, self.settings.data.model_dump()])
         if self.parameters.foregrounds is not None:
-            used = self.manifest(seed).query("side in ('shot', 'train')")["image"]
-            text += "".join(paths.sha256(self.foreground_file(image)) for image in used)
+            text += "".join(paths.sha256(self.foreground_file(image)) for image in self.learned_from(seed))
         return hashlib.sha256(text.encode()).hexdigest()
 
     def stamp(self) -> str:
@@ -238,6 +244,8 @@ def open_category(parameters: Parameters) -> Study:
     root = prepare.data_root(parameters)
     names = (tuple(every), tuple(defects), tuple(methods), tuple(variants))
     s = Study(parameters, settings, root, category, *names, tuple(seeds))
+    if parameters.foregrounds is not None:
+        _check_foregrounds(s)
     of_objects = {name for name in variants if settings.variants[name].only}
     if of_objects and not _shows_objects(s):
         s = dataclasses.replace(s, variants=tuple(name for name in variants if name not in of_objects))
@@ -266,8 +274,6 @@ def _check(s: Study, rows: pd.DataFrame) -> None:
         raise ValueError(f"prompts: {s.category} has no defect '{unknown[0]}'; it has: {', '.join(s.all_defects)}")
     if not ((rows["defect"] == "good") & (rows["side"] == "train")).any():
         raise ValueError(f"{s.category} has no normal image to draw on: put at least one into train/good")
-    if s.parameters.foregrounds is not None:
-        _check_foregrounds(s, rows)
     shots = rows.loc[rows["side"] == "shot", "defect"].value_counts()
     single = [defect for defect in s.defects if shots[defect] == 1]
     for name in [*s.methods, *s.variants] if single else []:
@@ -279,9 +285,9 @@ def _check(s: Study, rows: pd.DataFrame) -> None:
             )
 
 
-def _check_foregrounds(s: Study, rows: pd.DataFrame) -> None:
+def _check_foregrounds(s: Study) -> None:
     """One of the user's foregrounds for every image that is learned from, of its size and not empty."""
-    for image in dict.fromkeys(rows.loc[rows["side"].isin(["shot", "train"]), "image"]):
+    for image in dict.fromkeys(image for seed in s.seeds for image in s.learned_from(seed)):
         file = s.foreground_file(image)
         if not file.is_file():
             raise ValueError(

@@ -108,12 +108,13 @@ found.groupby(["severity", "problem"]).size().rename("files").reset_index() if l
 # %% [markdown]
 # ## The split
 #
-# Three rules are in use in these papers, and the released codes implement none of them exactly: AnomalyDiffusion trains
+# Four rules are in use in these papers, and the released codes implement none of them exactly: AnomalyDiffusion trains
 # on one test image of each defect type, DualAnoDiff rounds the wrong number, DefectSynth's list holds all 1,258 images.
 # Here the split is a file: it is written once, every row carries the sha256 of its image, and a leak is an error.
 #
 # * `first_third`: the lowest floor(n/3) images by number are shots, the rest is held out (the localisation protocol);
 # * `random_thirds`: the same number, drawn at random in three partitions (the classification protocol);
+# * `ten_shots`: the ten lowest, of fewer than twenty the lower half (AdaBLDM's protocol);
 # * `all_shots`: every image, at most 30 (the generation protocol; nothing is held out).
 #
 # The rules can be checked without the images, because the counts of MVTec AD's 73 defect types are public:

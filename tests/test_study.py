@@ -2,10 +2,12 @@ import dataclasses
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 
-from defectlib import params, paths, stages, study
+from defectlib import images, params, paths, stages, study
+from defectlib.masks import trimap
 
 
 def test_a_variant_has_a_fit_of_its_own_where_the_fit_differs(tiny_parameters):
@@ -121,3 +123,51 @@ def test_objects_of_which_one_normal_shows_no_background_have_no_variant_that_ne
     real, noise = study.Study.normals, torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
     monkeypatch.setattr(study.Study, "normals", lambda s, seed=0: [*real(s, seed), noise])
     assert "dualanodiff_compensated" not in study.open_category(gear).variants
+
+
+def test_a_method_has_its_masks_from_where_its_paper_has_them(tiny_parameters):
+    s = study.open_category(tiny_parameters.model_copy(update={"category": "gear"}))
+    assert s.mask_source_name("adabldm") == s.mask_source_name("adabldm_as_released") == "affine"
+    assert s.mask_source_name("adabldm_as_shots") == "affine_as_shots"
+    assert s.mask_source_name("defectsynth") == s.settings.sample.mask_source == "hmi"
+    values = s.settings.model_dump()
+    values["sample"]["mask_source_of"] = {"adabdm": "affine"}
+    with pytest.raises(ValueError, match="sample.mask_source_of names 'adabdm', which is no method of the profile"):
+        params.Profile(**values)
+
+
+@pytest.fixture
+def painted(tiny_parameters, tmp_path):
+    """A gear study whose user paints the left half of every image as object."""
+    s = study.open_category(tiny_parameters.model_copy(update={"category": "gear"}))
+    half = torch.zeros(1, 64, 64, dtype=torch.bool)
+    half[..., :32] = True
+    for image in s.learned_from(0):
+        images.write_mask((tmp_path / "objects" / image).with_suffix(".png"), half)
+    return s, half, s.parameters.model_copy(update={"foregrounds": str(tmp_path / "objects")})
+
+
+def test_the_users_own_foregrounds_stand_before_what_is_found(painted):
+    s, half, asked = painted
+    normal = s.normals()[0]
+    assert not torch.equal(trimap.foreground(normal), half)
+    own = study.open_category(asked)
+    assert torch.equal(trimap.foreground(own.normals()[0]), half)
+    assert all(torch.equal(trimap.foreground(shot.image), half) for shot in own.shots())
+    assert own.data_key(0) != s.data_key(0), "another foreground is another run"
+    mask = own.mask_source("adabldm")(np.random.default_rng(0), own.shots(), own.normals()[0])
+    assert mask.any() and (mask <= half).all()
+
+
+def test_a_folder_of_foregrounds_is_checked_before_any_work(painted):
+    s, half, asked = painted
+    file = study.open_category(asked).foreground_file(s.learned_from(0)[0])
+    file.unlink()
+    with pytest.raises(ValueError, match=rf"foregrounds: {file} is missing; the folder must hold a mask"):
+        study.open_category(asked)
+    images.write_mask(file, half[..., :40])
+    with pytest.raises(ValueError, match="is 40 x 64 px, its image 64 x 64"):
+        study.open_category(asked)
+    images.write_mask(file, ~half & half)
+    with pytest.raises(ValueError, match="is all black: paint the object white"):
+        study.open_category(asked)

@@ -1,10 +1,12 @@
 """Few-shot splits as manifests: the index table with a side for every image, and a test that nothing leaks.
 
-Three rules, one for each protocol of DefectSynth's tables; ``n`` counts the groups of a (category, defect), which are
-its images unless pieces repeat or images are cut into tiles:
+Four rules, three for the protocols of DefectSynth's tables and one for AdaBLDM's; ``n`` counts the groups of a
+(category, defect), which are its images unless pieces repeat or images are cut into tiles:
 
 * ``first_third`` (localisation): the lowest floor(n/3) by id are shots, at least one; the rest is tested.
 * ``random_thirds`` (classification): a seeded random floor(n/3); seeds 0, 1, 2 are the three partitions.
+* ``ten_shots`` (AdaBLDM): the lowest ten by id are shots, of fewer than twenty the lower half; the rest is tested. The
+  paper's ten of each type are a list in its released code, which copies them into the test set too.
 * ``all_shots`` (generation): every defect image up to 30, a seeded choice beyond; nothing is tested.
 """
 
@@ -24,10 +26,10 @@ from defectlib.data import layouts
 from defectlib.data.readers import GOOD
 from defectlib.types import Shot
 
-RULES = ("first_third", "random_thirds", "all_shots")
+RULES = ("first_third", "random_thirds", "ten_shots", "all_shots")
 SIDES = ("shot", "test", "train", "unused")
 COLUMNS = [*layouts.COLUMNS, "side", "sha256", "mask_sha256"]
-ALL_SHOTS = 30
+ALL_SHOTS, TEN_SHOTS = 30, 10
 MVTEC_TYPES = Path(__file__).resolve().parents[1] / "published" / "mvtec_types.csv"
 MANIFESTS = Path(__file__).resolve().parent / "manifests"
 
@@ -95,8 +97,9 @@ def assign(index: pd.DataFrame, rule: str, seed: int = 0, usable: Collection[boo
             sides |= dict.fromkeys(rows["group"], "shot")
             continue
         groups = _by_lowest_id(rows)
-        order = groups if rule == "first_third" else [groups[i] for i in rng.permutation(len(groups))]
-        quota = max(1, len(groups) // 3) - sum(sides.get(group) == "shot" for group in groups)
+        order = [groups[i] for i in rng.permutation(len(groups))] if rule == "random_thirds" else groups
+        share = min(TEN_SHOTS, len(groups) // 2) if rule == "ten_shots" else len(groups) // 3
+        quota = max(1, share) - sum(sides.get(group) == "shot" for group in groups)
         for group in order:
             if group not in sides:
                 sides[group] = "shot" if quota > 0 else "test"
@@ -282,6 +285,7 @@ def write_published() -> list[Path]:
     made = []
     for rule, seed in (
         ("first_third", 0),
+        ("ten_shots", 0),
         ("all_shots", 0),
         ("random_thirds", 0),
         ("random_thirds", 1),

@@ -209,6 +209,29 @@ def mask_iou(a: ArrayLike, b: ArrayLike) -> float | None:
     return np.count_nonzero(a & b) / union if union else None
 
 
+BY_DEFECT = "_by_defect"
+"""Ends the name of a score of one defect alone: a table averages over defects what it finds under one name."""
+
+
+def by_defect(confusion: Sequence[Sequence[int]], classes: Sequence[str]) -> dict[str, dict[str, float | None]]:
+    """Of each class what :func:`classification_metrics` has of all: the share of its images found, and its F1.
+
+    Args:
+        confusion: Rows are true, columns predicted.
+        classes: In that order.
+
+    Returns:
+        Class -> ``accuracy`` (its recall; None without an image of it) and ``f1_macro``, under the names of the scores
+        that they are part of.
+    """
+    counts, found = np.asarray(confusion, float), {}
+    for i, name in enumerate(classes):
+        true, said = counts[i].sum(), counts[:, i].sum()
+        recall = counts[i, i] / true if true else None
+        found[name] = {"accuracy": recall, "f1_macro": 2 * counts[i, i] / (true + said) if true + said else 0.0}
+    return found
+
+
 def classification_metrics(y_true: Sequence, y_pred: Sequence, classes: Sequence) -> dict:
     """Accuracy, macro F1 and confusion over a fixed list of classes.
 

@@ -1,10 +1,11 @@
 """Which of the papers' claims hold in the runs there are: paired differences, a bootstrap interval, a verdict.
 
 A difference is taken within a (category, defect) pair and a seed, or within a category and a seed for what a category
-has one number of (downstream scores, time), so that both systems had the same shots, split and seed. The interval is a
-bootstrap that draws these cells and the seeds anew, crossed. A verdict needs ``LEAST_CELLS`` cells with ``LEAST_SEEDS``
-seeds each, and an interval that does not touch zero. Seeds share the shots and the test images of a split, so what an
-interval covers is training and drawing.
+has one number of (time), so that both systems had the same shots, split and seed. Downstream scores are those of each
+defect against all normals (``regions.BY_DEFECT``), though the defects of a category share one downstream model. The
+interval is a bootstrap that draws these cells and the seeds anew, crossed. A verdict needs ``LEAST_CELLS`` cells with
+``LEAST_SEEDS`` seeds each, and an interval that does not touch zero. Seeds share the shots and the test images of a
+split, so what an interval covers is training and drawing.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from defectlib import published
+from defectlib.metrics.regions import BY_DEFECT
 from defectlib.published.claims import Claim, load, printed
 from defectlib.report.tables import scale
 
@@ -61,11 +63,13 @@ def judge(results: pd.DataFrame) -> pd.DataFrame:
         "note": (
             f"Differences are paired within category, defect and seed; in brackets the {LEVEL:.0%} interval of a "
             f"bootstrap over pairs and seeds. A verdict needs {LEAST_CELLS} pairs of category and defect with "
-            f"{LEAST_SEEDS} seeds each ({LEAST_CELLS} categories for what a category has one number of: downstream "
-            "scores, time), and an interval off zero. Each comparison stands at that level by itself, and there are "
-            f"{len(table)}. Seeds share shots and test images, so an interval is about training and drawing. Published "
-            "numbers are the papers' own, with their extractors and data; on mini with the small base model a verdict "
-            "is about this machinery at this scale, and says nothing about the paper's setting."
+            f"{LEAST_SEEDS} seeds each ({LEAST_CELLS} categories for what a category has one number of: time), and an "
+            "interval off zero. Downstream scores are those of each defect against all normals; the defects of a "
+            "category share one downstream model, so their pairs say less than as many categories would. Each "
+            f"comparison stands at that level by itself, and there are {len(table)}. Seeds share shots and test "
+            "images, so an interval is about training and drawing. Published numbers are the papers' own, with their "
+            "extractors and data; on mini with the small base model a verdict is about this machinery at this scale, "
+            "and says nothing about the paper's setting."
         ),
     }  # fmt: skip
     return table
@@ -81,14 +85,17 @@ def _comparison(claim: Claim, against: str, results: pd.DataFrame) -> dict[str, 
     if missing:
         return row | {"why": f"not run: {' and '.join(missing)}"}
     both = results[results["method"].isin([claim.method, against])]
-    both = both[(both["metric"].map(published.kind) == claim.metric) & both["value"].notna()]
+    both = both[both["value"].notna()]
+    kinds = both["metric"].map(published.kind)
+    by_defect = both[kinds == claim.metric + BY_DEFECT]
+    both = by_defect if by_defect["method"].nunique() == 2 else both[kinds == claim.metric]
     shared = set.intersection(*(set(both.loc[both["method"] == m, "metric"]) for m in (claim.method, against)))
     if not shared:
         return row | {"why": "withheld, or measured by different extractors"}
     if len(shared) > 1:
         raise ValueError(f"{claim.metric} is measured by several extractors: pass the results of one")
     both = both[both["metric"] == next(iter(shared))]
-    row["measured"] = next(iter(shared))
+    row["measured"] = next(iter(shared)).removesuffix(BY_DEFECT)
     differences = _differences(both, claim.method, against)
     if differences.empty:
         return row | {"why": "withheld, or not run alike"}

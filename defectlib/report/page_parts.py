@@ -22,6 +22,13 @@ CAPTIONS = {
     "fig_2_interpolation": "From one mask to another: DefectSynth's interpolation in image space, with pixels "
     "paired in raster order and by optimal transport, and in latent space; frames in red are not kept.",
     "adabldm_fig_2_trimap": "AdaBLDM's trimap: defect white, the rest of the object grey, background black.",
+    "placement": "Where a moved mask may lie on an object: its legal middles, how likely each is if defects keep to "
+    "the shots' depth, and masks placed anywhere and so.",
+    "adabldm_fig_1_styles": "As in AdaBLDM Fig. 1: a defect pasted, drawn by blended latent diffusion with the base "
+    "model alone, and by AdaBLDM.",
+    "adabldm_fig_3_stages": "As in AdaBLDM Fig. 3: what its latents are taken for after each stage, and without edits.",
+    "adabldm_decoder": "AdaBLDM: as decoded and with the decoder adapted to the image, and the error outside the mask.",
+    "adabldm_composites": "AdaBLDM: what it learns from, real defects moved and pasted, and the trimaps beside them.",
     "crop_paste_steps": "Crop-Paste, step by step.",
     "crop_paste_on_off": "Crop-Paste with its options on and off, for the same requests.",
     "defectsynth_blending": "DefectSynth: the requested mask, as hint and on the latents' grid, and how far beyond it "
@@ -66,7 +73,8 @@ OF_FIRST_CATEGORY = frozenset({
     "fig_1_starting_point", "mask_area", "symmetry", "crop_paste_steps", "crop_paste_on_off", "defectsynth_blending",
     "defectsynth_alignment", "defectsynth_weights", "defectsynth_weight_maps", "defectsynth_on_off",
     "defectsynth_fusion", "dualanodiff_branches", "dualanodiff_pairs", "dualanodiff_interaction",
-    "dualanodiff_attention", "backbone_curves", "vae_round_trip", "schedule", "dualanodiff_fig_3_noising",
+    "dualanodiff_attention", "adabldm_fig_1_styles", "adabldm_fig_3_stages", "adabldm_decoder",
+    "backbone_curves", "vae_round_trip", "schedule", "dualanodiff_fig_3_noising",
     "denoising_loop", "zero_shot_world", "inversion", "attention_words", "dualanodiff_fig_3_attention",
     "zero_shot_defects", "closed_form_denoiser", "memorisation",
 })  # fmt: skip

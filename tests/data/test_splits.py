@@ -76,6 +76,13 @@ def test_random_thirds_are_seeded_and_differ():
     assert sides(kept[kept["defect"] == "crack"], "shot") == parts[0], "another defect does not move this one"
 
 
+@pytest.mark.parametrize(("n", "expected"), [(1, 1), (3, 1), (8, 4), (19, 9), (20, 10), (60, 10)])
+def test_ten_shots_are_the_lowest_ten_and_never_more_than_half(n, expected):
+    table = splits.assign(rows([("crack", f"{i}", "", "") for i in range(n)]), "ten_shots")
+    assert sides(table, "shot") == {f"{i}" for i in range(expected)}
+    assert len(sides(table, "test")) == n - expected
+
+
 def test_all_shots_takes_up_to_thirty_and_tests_none():
     index = rows([("crack", f"{i:02d}", "", "") for i in range(40)] + [("stain", f"{i}", "", "") for i in range(7)])
     table = splits.assign(index, "all_shots")
@@ -93,14 +100,15 @@ def test_mvtec_first_third_has_the_published_totals():
 
 
 @pytest.mark.parametrize(
-    ("rule", "seed"), [("first_third", 0), ("all_shots", 0)] + [("random_thirds", s) for s in (0, 1, 2)]
+    ("rule", "seed"),
+    [("first_third", 0), ("ten_shots", 0), ("all_shots", 0)] + [("random_thirds", s) for s in (0, 1, 2)],
 )
 def test_committed_manifests_are_what_the_rule_gives(rule, seed):
     stored = pd.read_csv(splits.manifest_file(rule, seed), dtype=str, keep_default_na=False)
     assert stored.equals(splits.published_split(rule, seed).astype(str))
 
 
-@pytest.mark.parametrize("rule", ["first_third", "random_thirds"])
+@pytest.mark.parametrize("rule", ["first_third", "random_thirds", "ten_shots"])
 def test_files_get_the_same_split_as_public_knowledge(rule, trees, tmp_path):
     root = trees.mvtec(tmp_path / "mvtec", "toothbrush", ("defective",), shots=30, train=1, test=1)
     table = splits.split(layouts.index("mvtec_ad", root), root, rule, 1)

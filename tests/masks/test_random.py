@@ -199,3 +199,26 @@ def test_what_fits_nowhere_is_cut_and_never_empty():
     assert (random.at(blob, corner, (64, 64)) & ring).any()
     everywhere = torch.ones(1, 64, 64, dtype=torch.bool)
     assert random.centred(blob[:, 26:39, 26:39], everywhere) in {(25, 25), (25, 26), (26, 25), (26, 26)}
+
+
+def test_large_frames_count_as_exactly_as_small_ones():
+    """Single precision counts tens of thousands of pixels to less than a half."""
+    generator = np.random.default_rng(0)
+    allowed = torch.from_numpy(generator.random((1, 300, 280)) < 0.9995)
+    patch = torch.from_numpy(generator.random((1, 60, 50)) < 0.8)
+    legal = {
+        (y, x) for y, x in generator.integers(0, [241, 231], (400, 2))
+        if bool((allowed[:, y : y + 60, x : x + 50] | ~patch).all())
+    }  # fmt: skip
+    found = set(map(tuple, random.Places(allowed).corners(patch).tolist()))
+    assert legal <= found and all((allowed[:, y : y + 60, x : x + 50] | ~patch).all() for y, x in found)
+
+
+def test_weights_choose_among_legal_corners_alone():
+    whole, square = torch.ones(1, 5, 5, dtype=torch.bool), torch.ones(1, 3, 3, dtype=torch.bool)
+    weights = np.zeros((5, 5))
+    weights[2, 2] = 1.0
+    corner = random.place(square, random.Places(whole), rng(), weights)
+    assert corner == (1, 1), "the middle of a mask of 3 x 3 lies on the only pixel that has a weight"
+    nothing = random.place(CORNER, random.Places(FOREGROUND), rng(), np.zeros(FOREGROUND.shape[1:]))
+    assert list(nothing) in random.Places(FOREGROUND).corners(CORNER).tolist(), "no weight anywhere: all alike"

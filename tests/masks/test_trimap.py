@@ -8,7 +8,9 @@ import torch
 
 from defectlib import images, paths
 from defectlib.data import mini
-from defectlib.masks.trimap import _tidy, foreground, trimap
+from defectlib.masks import sources
+from defectlib.masks.trimap import _tidy, depth, foreground, know, like_shots, trimap
+from defectlib.types import Shot
 
 DATA = Path(paths.ROOT).parent / "shared" / "data"
 
@@ -83,3 +85,41 @@ def test_on_real_images(size):
     tires = sorted((DATA / "mvtec_3d_tire/tire/train/good").iterdir())[::10]
     shares = [foreground(images.read_image(path, size=size)).float().mean().item() for path in tires]
     assert all(0.25 < share < 0.5 for share in shares), "the tire fills a third of the frame"
+
+
+def test_what_is_known_stands_before_what_is_found():
+    image = torch.rand(3, 40, 40, generator=torch.Generator().manual_seed(77)) * 2 - 1
+    given = torch.zeros(1, 40, 40, dtype=torch.bool)
+    given[0, 5:9, 5:9] = True
+    assert foreground(image).all()
+    know(image, given)
+    assert torch.equal(foreground(image), given) and torch.equal(foreground(image.clone()), given)
+    assert foreground(image.flip(2)).all(), "another image"
+    with pytest.raises(ValueError, match="but its image is"):
+        know(image, given[..., :20])
+    with pytest.raises(ValueError, match="the foreground is empty"):
+        know(image, ~given & given)
+
+
+def test_depth_counts_from_the_background_and_not_from_the_frame():
+    on = torch.zeros(1, 5, 9, dtype=torch.bool)
+    on[..., 3:] = True
+    assert np.allclose(depth(on)[2], [0, 0, 0, 1 / 6, 2 / 6, 3 / 6, 4 / 6, 5 / 6, 1])
+    assert (depth(torch.ones(1, 3, 3, dtype=torch.bool)) == 1).all()
+
+
+def test_a_rims_defects_stay_on_the_rim_of_another_object():
+    y, x = np.mgrid[:64, :64] - 31.5
+    image = torch.from_numpy(np.where(np.hypot(y, x) < 24, -0.5, 0.6).astype(np.float32)).expand(3, -1, -1).contiguous()
+    rim = torch.from_numpy((np.hypot(y, x) < 23) & (np.hypot(y, x) > 20) & (x > 15))[None]
+    other = torch.from_numpy(np.hypot(y / 0.7, x) < 28)[None]
+    likely = like_shots([Shot(image, rim, "c", "d", "0")], other)
+    best = depth(other).ravel()[likely.argmax()]
+    assert 0 < best < 0.25 and likely[31, 31] < 0.01 * likely.max()
+    of_object, depths = depth(foreground(image)), {}
+    for name in ("affine_as_shots", "affine"):
+        draw = sources.SOURCES[name]
+        masks = [draw(np.random.default_rng(k), [Shot(image, rim, "c", "d", "0")], image) for k in range(20)]
+        assert all((mask <= foreground(image)).all() for mask in masks)
+        depths[name] = np.mean([of_object[mask[0].numpy()].mean() for mask in masks])
+    assert depths["affine_as_shots"] < 0.7 * depths["affine"]

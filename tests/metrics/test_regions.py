@@ -208,3 +208,14 @@ def test_four_million_pixels_in_bounded_memory():
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20
     assert found["pixel_auroc"] == pytest.approx(roc_auc_score(masks.ravel(), maps.ravel()), abs=1e-9)
     assert grown < 0.6, f"{grown:.2f} GiB"
+
+
+def test_scores_of_one_class_by_hand_and_their_mean_is_the_macro():
+    confusion = [[6, 2, 0], [1, 3, 0], [0, 0, 0]]
+    found = regions.by_defect(confusion, ["a", "b", "c"])
+    assert found["a"]["accuracy"] == 0.75 and found["b"]["accuracy"] == 0.75 and found["c"]["accuracy"] is None
+    assert found["a"]["f1_macro"] == pytest.approx(12 / 15) and found["c"]["f1_macro"] == 0.0
+    true, said = ["a"] * 8 + ["b"] * 4, ["a"] * 6 + ["b"] * 2 + ["a"] + ["b"] * 3
+    whole = regions.classification_metrics(true, said, ["a", "b", "c"])
+    assert whole["confusion"] == confusion
+    assert np.mean([own["f1_macro"] for own in found.values()]) == pytest.approx(whole["f1_macro"])

@@ -130,6 +130,14 @@ def test_a_downstream_score_is_one_number_a_category(n, verdict):
     assert row["difference"] == pytest.approx(5, abs=0.2), "percent"
 
 
+def test_a_downstream_score_of_each_defect_stands_before_that_of_the_category():
+    whole = results("pixel_ap", -0.3, cells=[("brick", ""), ("gear", "")], methods=("defectsynth", "shots_only"))
+    single = results("pixel_ap" + regions.BY_DEFECT, 0.05, methods=("defectsynth", "shots_only"))
+    row = told(claims.judge(pd.concat([whole, single])), "ds-pixel-ap")
+    assert (row["cells"], row["of"], row["verdict"], row["measured"]) == (4, "pairs", claims.HELD, "pixel_ap")
+    assert row["difference"] == pytest.approx(5, abs=0.2)
+
+
 def test_the_interval_of_one_seed_is_the_plain_bootstrap():
     values = np.random.default_rng(1).normal(size=(40, 1))
     low, high = claims.interval(values)
