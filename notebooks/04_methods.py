@@ -47,6 +47,7 @@ from IPython.display import display
 
 from defectlib import attention, augmentation, backbone, diffusion, params, sampling, stages, study
 from defectlib.branches import BRANCHES, PROMPTS, BranchUNet
+from defectlib.control import embedded_once, steered
 from defectlib.masks import alignment, saliency, sources, trimap
 from defectlib.masks import random as random_masks
 from defectlib.masks.extraction import extract
@@ -580,6 +581,34 @@ figure = figures.sheet(
     column_labels=["normal; mask", *edited],
 )  # fmt: skip
 figures.save(figure, folder, f"adabldm_fig_3_stages_{s.category}")
+figure
+
+# %% [markdown]
+# ### What the network is told (Fig. 2)
+#
+# One step of it: a normal image, noised half-way; the trimap, which the ControlNet reads; what the latents are taken for by
+# the base model with the prompt alone, and with the ControlNet's residuals added; and where the two differ (white: 64 grey
+# levels or more). The difference is what the trimap says.
+
+# %%
+rows = []
+model.scheduler.set_timesteps(usual.num_inference_steps)
+for r in placed:
+    t, allowed = torch.tensor([600]), trimap.foreground(r.normal)
+    noise = diffusion.noise_like([r.seed], model.latent_shape(s.size)).to(model.device)
+    noisy = model.scheduler.add_noise(model.encode(r.normal[None]), noise, t)
+    text, nothing = model.embed([r.prompt]), model.embed([""])
+    told = trimap.trimap(r.mask, allowed)
+    net = blended.net(r.defect)
+    with torch.no_grad(), embedded_once(net, told.expand(1, 3, -1, -1).to(model.device)) as hint:
+        steer = steered(net, model, text, hint, control_text=nothing)
+        guesses = [model.unet(noisy, t[0], text).sample, steer(noisy, t[0])]
+    alone, with_it = (model.decode(model.scheduler.step(g, t[0], noisy).pred_original_sample)[0] for g in guesses)
+    apart = ((with_it - alone).abs().amax(0, keepdim=True) * 2).clamp(max=1)
+    rows.append([r.normal, told, model.decode(noisy)[0], alone, with_it, apart])
+titles = ["normal", "trimap", "noised", "prompt alone", "with the trimap", "difference"]
+figure = figures.sheet(rows, row_labels=[r.defect for r in placed], column_labels=titles)
+figures.save(figure, folder, f"adabldm_fig_2_network_{s.category}")
 figure
 
 # %% [markdown]

@@ -98,7 +98,8 @@ figure
 # %%
 of_one = single.assign(metric=single["metric"].str.removesuffix(regions.BY_DEFECT))
 of_one = of_one[of_one["metric"].isin(["accuracy", "image_auroc", "pixel_ap", "pixel_f1_50", "pro"])]
-of_one.groupby(["metric", "defect", "method"], sort=False)["value"].mean().unstack()[rows].round(3) if tested else None
+averages = of_one.groupby(["metric", "defect", "method"], sort=False)["value"].mean().unstack()
+averages.reindex(columns=rows).round(3)
 
 # %% [markdown]
 # ## Confusion

@@ -26,6 +26,8 @@ CAPTIONS = {
     "the shots' depth, and masks placed anywhere and so.",
     "adabldm_fig_1_styles": "As in AdaBLDM Fig. 1: a defect pasted, drawn by blended latent diffusion with the base "
     "model alone, and by AdaBLDM.",
+    "adabldm_fig_2_network": "As in AdaBLDM Fig. 2: a noised image, the trimap, and what the base model takes it for "
+    "without and with the ControlNet that reads it.",
     "adabldm_fig_3_stages": "As in AdaBLDM Fig. 3: what its latents are taken for after each stage, and without edits.",
     "adabldm_decoder": "AdaBLDM: as decoded and with the decoder adapted to the image, and the error outside the mask.",
     "adabldm_composites": "AdaBLDM: what it learns from, real defects moved and pasted, and the trimaps beside them.",
@@ -73,7 +75,7 @@ OF_FIRST_CATEGORY = frozenset({
     "fig_1_starting_point", "mask_area", "symmetry", "crop_paste_steps", "crop_paste_on_off", "defectsynth_blending",
     "defectsynth_alignment", "defectsynth_weights", "defectsynth_weight_maps", "defectsynth_on_off",
     "defectsynth_fusion", "dualanodiff_branches", "dualanodiff_pairs", "dualanodiff_interaction",
-    "dualanodiff_attention", "adabldm_fig_1_styles", "adabldm_fig_3_stages", "adabldm_decoder",
+    "dualanodiff_attention", "adabldm_fig_1_styles", "adabldm_fig_2_network", "adabldm_fig_3_stages", "adabldm_decoder",
     "backbone_curves", "vae_round_trip", "schedule", "dualanodiff_fig_3_noising",
     "denoising_loop", "zero_shot_world", "inversion", "attention_words", "dualanodiff_fig_3_attention",
     "zero_shot_defects", "closed_form_denoiser", "memorisation",

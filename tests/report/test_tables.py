@@ -334,3 +334,19 @@ def test_variants_stand_in_the_ablation_tables_alone():
     assert shown["table_2"] == {"crop_paste", "defectsynth"}
     assert shown["table_5"] == {"defectsynth", "defectsynth_no_sae"}
     assert shown["table_6"] == {"defectsynth"}
+
+
+def test_adabldms_gains_are_points_over_crop_paste_within_a_seed():
+    def score(method, seed, category, value):
+        about = {"split": "first_third", "metric": "iap", "defect": "", "stage": "downstream"}
+        return about | {"method": method, "seed": seed, "category": category, "value": value}
+
+    rows = [
+        score(method, seed, category, base + 0.1 * seed + (0.05 if method == "adabldm" else 0.0))
+        for category, base in (("nut", 0.2), ("gear", 0.4)) for seed in (0, 1) for method in ("adabldm", "crop_paste")
+    ]  # fmt: skip
+    table = tables.build(frame(*rows), "headline").query("metric == 'iap_gain' and dataset == 'mini'")
+    assert list(table["method"]) == ["adabldm"] and table["reproduced"].iloc[0] == pytest.approx(5)
+    assert table["n"].iloc[0] == 2 and table["sd"].iloc[0] == pytest.approx(0, abs=1e-9)
+    alone = tables.build(frame(*(row for row in rows if row["method"] == "adabldm")), "headline")
+    assert alone.query("metric == 'iap_gain'")["reproduced"].isna().all()
