@@ -78,6 +78,15 @@ def parser() -> argparse.ArgumentParser:
     _data_options(audit)
     audit.set_defaults(run=_audit)
 
+    leaks = commands.add_parser(
+        "leaks", help="does a test set hold what was trained on? of a run, or of two lists of files"
+    )
+    leaks.add_argument("run_folder", nargs="?", type=Path, help="for example runs/demo/mini/brick/defectsynth/s0")
+    leaks.add_argument("--train", type=Path, help="a folder of images, or a text file with a path a line")
+    leaks.add_argument("--test", type=Path, help="the same, of what is tested on")
+    leaks.add_argument("--data-root", type=Path, help="where the run's data set lies now; default: where it lay")
+    leaks.set_defaults(run=_leaks)
+
     doctor = commands.add_parser("doctor", help="what is there, what is missing, and the command that gets it")
     doctor.set_defaults(run=_doctor)
     return top
@@ -200,6 +209,22 @@ def _audit(a: argparse.Namespace) -> int:
     if len(found):
         print(found.to_string(index=False))
     return 1 if audit.spoils(found) else 0
+
+
+def _leaks(a: argparse.Namespace) -> int:
+    from defectlib import leaks
+
+    if bool(a.run_folder) == bool(a.train or a.test) or bool(a.train) != bool(a.test):
+        raise ValueError("name a run's folder, or give both --train and --test")
+    if a.run_folder:
+        found, counts = leaks.of_run(a.run_folder, a.data_root)
+    else:
+        train, test = leaks.listed(a.train), leaks.listed(a.test)
+        found, counts = leaks.between(train, test), {"training files": len(train), "test files": len(test)}
+    print(f"{', '.join(f'{n} {what}' for what, n in counts.items())}: {len(found)} findings")
+    if len(found):
+        print(found.round({"likeness": 3}).to_string(index=False))
+    return 1 if leaks.spoils(found) else 0
 
 
 def _doctor(_: argparse.Namespace) -> int:

@@ -558,26 +558,24 @@ placed = sampling.plan(shots, normals, 1, s.mask_source("adabldm"), seed, s.prom
 moments = (0.2, usual.latent_from, 0.65, usual.image_from, 1.0)
 
 
-def taken_for(r, seen, **changes):
-    """Images that the latents of a request are taken for at the moments, and at last the image that is drawn."""
-    blended.config = base.configure("adabldm", usual.model_dump() | changes)
+def taken_for(r, seen):
+    """Images that the latents of a request are taken for at the moments, and what is decoded at last."""
 
     def note(done, latents, x0):
         if any(abs(done - m) < 0.5 / usual.num_inference_steps for m in moments):
             seen[f"{done:.0%}: {blended.config.stage(done)}"] = model.decode(x0[:1])[0]
         return latents
 
-    last = model.decode(blended.denoised([r], [note])[:1])[0]
-    seen["decoded"], seen["adapted decoder"] = last, blended.sample([r])[0].image if blended.config.decoder else None
-    blended.config = usual
-    return seen
+    return seen | {"decoded": model.decode(blended.denoised([r], [note])[:1])[0]}
 
 
 r = placed[-1]
-edited = taken_for(r, {})
-plain = taken_for(r, {}, latent_editing=False, image_editing=False, decoder=None)
+edited = taken_for(r, {}) | {"adapted decoder": blended.sample([r])[0].image}
+blended.config = base.configure("adabldm", usual.model_dump() | {"latent_editing": False, "image_editing": False})
+plain = taken_for(r, {})
+blended.config = usual
 figure = figures.sheet(
-    [[r.normal, *edited.values()], [r.mask, *plain.values()]], row_labels=[f"{r.defect}\nedited", "without edits"],
+    [[r.normal, *edited.values()], [r.mask, *plain.values(), None]], row_labels=[f"{r.defect}\nedited", "without edits"],
     column_labels=["normal; mask", *edited],
 )  # fmt: skip
 figures.save(figure, folder, f"adabldm_fig_3_stages_{s.category}")

@@ -1,6 +1,7 @@
 import shutil
 from collections import Counter
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch
 from defectlib import images, prepare, sampling, stages, study
 from defectlib.masks import sources
 from defectlib.masks.interpolation import NoMask
+from defectlib.metrics import regions
 from defectlib.runs import STAGES
 
 
@@ -34,6 +36,29 @@ def test_downstream_has_the_shots_only_row(tiny_parameters):
     assert set(found["method"]) == {study.SHOTS_ONLY, "crop_paste"} and set(found["stage"]) == set(STAGES) - {"quality"}
     trained = found[found["metric"] == "pixel_ap"].set_index("method")["protocol"]
     assert '"n_generated": 0' in trained[study.SHOTS_ONLY] and '"n_train_real": 0' in trained["crop_paste"]
+
+
+def test_downstream_scores_every_defect_by_itself_under_names_of_their_own(tiny_parameters):
+    s = study.open_category(tiny_parameters)
+    rows = stages.downstream(s, study.SHOTS_ONLY, 0)["metrics"]
+    single = [row for row in rows if row["metric"].endswith(regions.BY_DEFECT)]
+    assert {row["defect"] for row in single} == set(s.defects) and not any(
+        "defect" in r for r in rows if r not in single
+    )
+    value = {(row["metric"], row.get("defect")): row["value"] for row in rows}
+    f1 = [value["f1_macro" + regions.BY_DEFECT, d] for d in s.defects]
+    assert np.mean(f1) == pytest.approx(value["f1_macro", None]), "the macro F1 is their mean"
+    shown = {row["protocol"]["n_real"] for row in single if row["metric"] == "pixel_ap" + regions.BY_DEFECT}
+    whole = next(row for row in rows if row["metric"] == "pixel_ap")["protocol"]["n_real"]
+    assert max(shown) < whole, "one defect and all normals, not all defects"
+    kept = np.load(s.folder(study.SHOTS_ONLY, 0).path / "predictions" / "localisation.npz")
+    d, held = s.defects[0], s.held_out(0)
+    own = [i for i, (*_, name, _) in enumerate(held) if name in (d, "good")]
+    truth = torch.cat([held[i][1] for i in own]).numpy()
+    by_hand = regions.pixel_metrics(kept["maps"][own].astype(np.float32), truth)["pixel_ap"]
+    assert value["pixel_ap" + regions.BY_DEFECT, d] == pytest.approx(by_hand, abs=2e-3), (
+        "maps are kept in half precision"
+    )
 
 
 def test_a_split_that_holds_nothing_out_withholds_its_scores(tiny_parameters):

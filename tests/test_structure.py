@@ -16,7 +16,19 @@ from defectlib import batch, params, paths
 ROOMS = [
     *("paths", "types", "images", "params", "data", "masks", "augmentation"),
     *("backbone", "attention", "diffusion", "control", "fusion", "training", "branches", "adaptation", "decoder"),
-    *("methods", "sampling", "metrics", "downstream", "pretrain", "prepare", "runs", "study", "stages", "export"),
+    *(
+        "methods",
+        "sampling",
+        "metrics",
+        "downstream",
+        "pretrain",
+        "prepare",
+        "runs",
+        "study",
+        "stages",
+        "export",
+        "leaks",
+    ),
     *("published", "report", "doctor", "batch", "cli"),
 ]
 NOTEBOOKS = sorted(batch.NOTEBOOKS)
