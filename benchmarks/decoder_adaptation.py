@@ -38,7 +38,7 @@ FORMS = {
     "norms, 100 steps, cycle to 3e-2": {"part": "norms", "steps": 100, "learning_rate": 3e-2, **CYCLE},
     "last layer, 150 steps, cycle to 1e-2": {"part": "last_layer", "steps": 150, "learning_rate": 1e-2, **CYCLE},
 }
-PAPER, CHEAPER, DEMO = (list(FORMS)[i] for i in (0, 1, 3))
+PAPER, DEMO, LEAST = list(FORMS)[0], list(FORMS)[3], 0.75
 
 
 def cases() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -80,9 +80,11 @@ def main() -> None:
     for name, row in forms.items():
         print(name, row)
     together = measured(FORMS[DEMO], together=True)
-    ours, reference = forms[CHEAPER], forms[PAPER]
+    enough = [name for name, row in forms.items() if row["error_removed"] >= LEAST]
+    form = min(enough, key=lambda name: forms[name]["image_s"])
+    ours, reference = forms[form], forms[PAPER]
     print(json.dumps({
-        "name": "decoder_adaptation", "images": len(latents), "form": CHEAPER,
+        "name": "decoder_adaptation", "images": len(latents), "form": form,
         "ours_s": ours["image_s"], "reference_s": reference["image_s"],
         "ratio": round(ours["image_s"] / reference["image_s"], 3), "error_removed": ours["error_removed"],
         "together": together, "restored": bits == digest(base.vae.decoder.state_dict().values()), "forms": forms,

@@ -7,13 +7,12 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from scipy.ndimage import distance_transform_edt
 from torch import Tensor
 
 from defectlib.images import TURNS, resize_image, resize_mask
-from defectlib.masks.random import Places, affine_crop, at, centred, place, windows
-from defectlib.masks.trimap import foreground
+from defectlib.masks.random import ATTEMPTS, Places, affine_crop, at, settle, windows
+from defectlib.masks.trimap import depth, foreground
 from defectlib.types import Shot
 
 
@@ -109,8 +108,8 @@ def paste(normal: Tensor, patch: Tensor, mask: Tensor, y: int, x: int, feather: 
     drawn = normal.clone()
     drawn[outside] = torch.where(mask[inside], patch[inside], normal[outside])
     if feather > 0:
-        depth = distance_transform_edt(placed[0].numpy())
-        alpha = torch.from_numpy(np.minimum(1.0, depth / (feather + 1))).float()[None]
+        inside = distance_transform_edt(placed[0].numpy())
+        alpha = torch.from_numpy(np.minimum(1.0, inside / (feather + 1))).float()[None]
         drawn = torch.where(placed, normal + alpha * (drawn - normal), normal)
     return drawn, placed
 
@@ -121,41 +120,43 @@ def composite(
     allowed: Tensor,
     rng: np.random.Generator,
     *,
-    places: Places | None = None,
-    weights: NDArray[np.float64] | None = None,
+    depths: Sequence[float] | None = None,
     rotate: float = 360.0,
     scale: tuple[float, float] = (0.85, 1.15),
     flip: bool = True,
     feather: float = 0.0,
-    attempts: int = 8,
+    attempts: int = ATTEMPTS,
 ) -> tuple[Tensor, Tensor]:
     """The defect of one of the shots cut out, moved, and pasted on a normal image: AdaBLDM's composites.
 
-    What is pasted is what the mask holds, so that a defect's black pixels are defect.
+    What is pasted is what the mask holds, so that a defect's black pixels are defect. One that fits nowhere whole is
+    drawn again, a few times; the last one is then centred and cut to ``allowed``.
 
     Args:
         shots: To choose from.
         normal: float32 (3, H, W) in [-1, 1].
         allowed: Where the defect may lie, bool (1, H, W).
         rng: Source of the shot, its turn and scale, and the place.
-        places: Of ``allowed``, where they are known.
-        weights: How likely the defect's middle lies at each pixel, see ``masks.random.place``.
-        rotate: As in ``masks.random.affine``; so are ``scale`` and ``flip``.
-        scale: See above.
-        flip: See above.
+        depths: How deep inside ``allowed`` it lies, see ``masks.random.place``; None is anywhere.
+        rotate: The angle's range, as in ``masks.random.affine``.
+        scale: The scale's range, likewise.
+        flip: Whether it is mirrored, likewise.
         feather: Width in px of a blend that stays inside the mask.
-        attempts: Drawings until a defect fits whole; the last one is then centred and cut to ``allowed``.
+        attempts: Drawings at most.
 
     Returns:
         The image (3, H, W) and its mask (1, H, W).
+
+    Raises:
+        ValueError: No pixel is allowed.
     """
-    places = places or Places(allowed)
-    for _ in range(attempts):
+
+    def draw() -> tuple[Tensor, Tensor]:
         shot = shots[rng.integers(len(shots))]
-        patch, mask, _ = affine_crop(shot.image, shot.mask, rng, rotate=rotate, scale=scale, flip=flip)
-        corner = place(mask, places, rng, weights)
-        if corner is not None:
-            return paste(normal, patch, mask, *corner, feather)
-    image, placed = paste(normal, patch, mask, *centred(mask, allowed), feather)
+        return affine_crop(shot.image, shot.mask, rng, rotate=rotate, scale=scale, flip=flip)[:2]
+
+    places = Places(allowed, None if depths is None else depth(allowed))
+    (patch, mask), corner = settle(draw, allowed, rng, places=places, depths=depths, attempts=attempts)
+    image, placed = paste(normal, patch, mask, *corner, feather)
     placed &= allowed
     return torch.where(placed, image, normal), placed

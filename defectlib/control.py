@@ -45,7 +45,7 @@ def denoising_loss(
     Args:
         net: What is trained; the gradients reach it through the base's decoder.
         base: Its UNet and noise schedule are used.
-        latents: x_0 of real defects, (N, C, h, w).
+        latents: x_0 of what is learned from, (N, C, h, w).
         text: Embedded prompts, (N, L, D).
         hints: Masks or trimaps as images, (N, 3, H, W) in [0, 1].
         weights: Of the squared errors, (N, 1, h, w).

@@ -190,9 +190,9 @@ def kept_outside(inside: Tensor, clean: Tensor, noise: Tensor, scheduler: DDIMSc
 
     Args:
         inside: Where the loop's own latents stay, bool (N, 1, h, w).
-        clean: x_0 of what stands outside, (N, C, h, w); the other arguments are :func:`at_level`'s.
-        noise: See above.
-        scheduler: See above.
+        clean: x_0 of what stands outside, (N, C, h, w).
+        noise: Of the same shape; the same at every step.
+        scheduler: That of the loop.
     """
     return lambda done, latents, x0: torch.where(inside, latents, at_level(clean, noise, scheduler, done))
 

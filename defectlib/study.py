@@ -19,7 +19,6 @@ from torch import Tensor
 from defectlib import backbone, diffusion, params, paths, prepare, runs
 from defectlib.backbone import Backbone
 from defectlib.data import layouts, splits
-from defectlib.data.readers import GOOD
 from defectlib.images import open_pil, read_mask
 from defectlib.masks import latent, sources, trimap
 from defectlib.masks.sources import MaskSource
@@ -68,6 +67,8 @@ class Study:
     def _know(self, rows: pd.DataFrame, pictures: Sequence[Tensor]) -> None:
         """Tell ``masks.trimap`` what is object where the user has said so."""
         if self.parameters.foregrounds is None:
+            for picture in pictures:  # another study of this process may have said otherwise
+                trimap.forget(picture)
             return
         for row, picture in zip(rows.itertuples(), pictures, strict=True):
             file = self.foreground_file(row.image)
@@ -77,10 +78,10 @@ class Study:
             trimap.know(picture, given)
 
     def learned_from(self, seed: int) -> list[str]:
-        """The image files of the shots and the training normals."""
-        rows = self.manifest(seed)
-        used = rows["side"].isin(["shot", "train"]) & rows["defect"].isin([*self.defects, GOOD])
-        return list(dict.fromkeys(rows.loc[used, "image"]))
+        """The image files of the shots and of the training normals that are read."""
+        shots = splits.rows(self.manifest(seed), self.category, "shot", self.defects)
+        normals = splits.normal_rows(self.manifest(seed), self.category, limit=self.settings.data.max_normals)
+        return list(dict.fromkeys([*shots["image"], *normals["image"]]))
 
     def foreground_file(self, image: str) -> Path:
         """Where the user's own mask of the object in an image of the data set lies."""

@@ -114,7 +114,7 @@ found.groupby(["severity", "problem"]).size().rename("files").reset_index() if l
 #
 # * `first_third`: the lowest floor(n/3) images by number are shots, the rest is held out (the localisation protocol);
 # * `random_thirds`: the same number, drawn at random in three partitions (the classification protocol);
-# * `ten_shots`: the ten lowest, of fewer than twenty the lower half (AdaBLDM's protocol);
+# * `ten_shots`: the ten lowest, of fewer than twenty the lower half (AdaBLDM fixes ten by a list of its released code);
 # * `all_shots`: every image, at most 30 (the generation protocol; nothing is held out).
 #
 # The rules can be checked without the images, because the counts of MVTec AD's 73 defect types are public:

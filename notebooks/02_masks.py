@@ -85,10 +85,10 @@ pd.DataFrame(
 
 # %%
 normals = s.normals()[:8]
-foregrounds = [trimap.foreground(image) for image in normals]
-masks = [by_defect[s.defects[i % len(s.defects)]][0] & f for i, f in enumerate(foregrounds)]
-trimaps = [trimap.trimap(mask, f) for mask, f in zip(masks, foregrounds)]
-figure = figures.sheet([normals, foregrounds, trimaps], row_labels=["normal", "foreground", "trimap"])
+objects = [trimap.foreground(image) for image in normals]
+masks = [by_defect[s.defects[i % len(s.defects)]][0] & f for i, f in enumerate(objects)]
+trimaps = [trimap.trimap(mask, f) for mask, f in zip(masks, objects)]
+figure = figures.sheet([normals, objects, trimaps], row_labels=["normal", "foreground", "trimap"])
 figures.save(figure, folder, f"adabldm_fig_2_trimap_{s.category}")
 figure
 
@@ -99,11 +99,11 @@ figure
 
 # %%
 if p.dataset == "mini":
-    rows = splits.normal_rows(s.manifest(), s.category, limit=s.settings.data.max_normals).head(len(foregrounds))
+    rows = splits.normal_rows(s.manifest(), s.category, limit=s.settings.data.max_normals).head(len(objects))
     known = [mini.foreground(s.category, "train/good", int(Path(i).stem), size=s.size) for i in rows["image"]]
     whole = torch.ones_like(known[0])
     overlaps = pd.DataFrame(
-        [[regions.mask_iou(a, k), regions.mask_iou(whole, k)] for a, k in zip(foregrounds, known)],
+        [[regions.mask_iou(a, k), regions.mask_iou(whole, k)] for a, k in zip(objects, known)],
         columns=["found", "everything"],
     )
     display(overlaps.describe().loc[["mean", "min"]].round(3))
@@ -121,27 +121,27 @@ else:
 # %%
 rows = []
 for i, d in enumerate(s.defects):
-    few, normal, allowed = [shot for shot in s.shots() if shot.defect == d], normals[i], foregrounds[i]
-    rng, places = np.random.default_rng(i), random.Places(allowed)
-    patch = random.affine(few[0].mask, rng)
-    middle = np.argwhere(patch[0].numpy()).mean(0)
-    legal = torch.zeros_like(allowed)
-    legal[0, *np.rint(places.corners(patch) + middle).astype(int).T] = True
-    likely = torch.from_numpy(trimap.like_shots(few, allowed) / trimap.like_shots(few, allowed).max())[None].float()
+    few, normal, allowed = (
+        [shot for shot in s.shots() if shot.defect == d],
+        normals[i % len(normals)],
+        objects[i % len(normals)],
+    )
+    depth, depths = trimap.depth(allowed), trimap.depths_of(tuple(few))
+    places, patch = random.Places(allowed, depth), random.affine(few[0].mask, np.random.default_rng(i))
+    corners = places.corners(patch)
+    at = np.rint(corners + np.argwhere(patch[0].numpy()).mean(0)).astype(int).T
+    middles, likely = torch.zeros(2, 1, s.size, s.size)
+    middles[0, *at] = 1
+    if len(corners):
+        chances = random.chances(places.depths(patch, corners), depths)
+        likely[0, *at] = torch.from_numpy(chances / chances.max()).float()
     draws = [
         sources.SOURCES[name](np.random.default_rng(k), few, normal)
         for name in ("affine", "affine_as_shots")
         for k in (0, 1)
     ]
-    rows.append(
-        [
-            normal,
-            random.at(patch, random.centred(patch, allowed), (s.size, s.size)),
-            legal,
-            likely,
-            *[trimap.trimap(mask, allowed) for mask in draws],
-        ]
-    )
+    shown = random.at(patch, random.centred(patch, allowed), (s.size, s.size))
+    rows.append([normal, shown, middles, likely, *[trimap.trimap(mask, allowed) for mask in draws]])
 columns = ["normal", "a mask", "its middle", "as the shots", "anywhere", "anywhere", "as the shots", "as the shots"]
 figure = figures.sheet(rows, row_labels=list(s.defects), column_labels=columns)
 figures.save(figure, folder, f"placement_{s.category}")
@@ -275,7 +275,7 @@ for d, masks in by_defect.items():
 def flaws(defect, k, mask, refused):
     if refused:
         return (refused if refused == "all black" else "not kept between its ends",)
-    return interpolation.flaws(mask, foregrounds[k % len(normals)], (min(ranges[defect]), max(ranges[defect])))
+    return interpolation.flaws(mask, objects[k % len(normals)], (min(ranges[defect]), max(ranges[defect])))
 
 
 wrong = {key: [flaws(key[0], k, *drawn) for k, drawn in enumerate(pool[key])] for key in pool}
@@ -326,7 +326,7 @@ report.round(2)
 
 # %%
 usable = {
-    key: [mask & foregrounds[k % len(normals)] for k, (mask, _) in enumerate(drawn) if not wrong[key][k]]
+    key: [mask & objects[k % len(normals)] for k, (mask, _) in enumerate(drawn) if not wrong[key][k]]
     for key, drawn in pool.items()
 }
 scores = {key: [interpolation.mask_iou(mask, by_defect[key[0]]) for mask in masks] for key, masks in usable.items()}
@@ -363,7 +363,7 @@ summary.reindex([key for d in s.defects for key in judged if key[0] == d and key
 # ## What was found
 
 # %%
-share = float(torch.stack(foregrounds).float().mean())
+share = float(torch.stack(objects).float().mean())
 print(f"The foreground covers {share:.0%} of the first {len(normals)} normals of {s.category}.")
 for d in s.defects:
     print(f"{d}: mean area {np.mean(ranges[d]):.3f}, so hybrid interpolates in {choice[d]} (tau {interpolation.TAU}).")

@@ -542,7 +542,7 @@ figure
 # ### Four stages (Fig. 3)
 #
 # Drawing starts from noise. Over the first 40 % of the steps nothing is edited. Up to 90 % the latents outside the defect,
-# widened by a cell, are replaced after each step by the normal image's, noised to the level that follows. Then the edit is
+# widened a little, are replaced after each step by the normal image's, noised to the level that follows. Then the edit is
 # one of pixels: what the latents are taken for is decoded, gets the normal's pixels outside the mask itself, and is encoded
 # and noised again. Last, a copy of the decoder is trained for this one image. What the latents are taken for after each
 # stage, and below, from the same noise, what they would be without edits:
@@ -597,10 +597,10 @@ for r in placed:
     noisy = model.scheduler.add_noise(model.encode(r.normal[None]), noise, t)
     text, nothing = model.embed([r.prompt]), model.embed([""])
     told = trimap.trimap(r.mask, allowed)
-    net = blended.net(r.defect)
+    net, own = blended.net(r.defect), blended.backbone  # the base model that it was trained on, adapted or not
     with torch.no_grad(), embedded_once(net, told.expand(1, 3, -1, -1).to(model.device)) as hint:
-        steer = steered(net, model, text, hint, control_text=nothing)
-        guesses = [model.unet(noisy, t[0], text).sample, steer(noisy, t[0])]
+        steer = steered(net, own, text, hint, control_text=nothing)
+        guesses = [own.unet(noisy, t[0], text).sample, steer(noisy, t[0])]
     alone, with_it = (model.decode(model.scheduler.step(g, t[0], noisy).pred_original_sample)[0] for g in guesses)
     apart = ((with_it - alone).abs().amax(0, keepdim=True) * 2).clamp(max=1)
     rows.append([r.normal, told, model.decode(noisy)[0], alone, with_it, apart])

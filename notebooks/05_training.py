@@ -45,13 +45,13 @@ figures_root = None
 # %%
 import json
 
-import numpy as np
 import pandas as pd
 from IPython.display import display
 from safetensors.torch import load_file
 
-from defectlib import augmentation, params, stages, study
+from defectlib import params, stages, study
 from defectlib.masks import trimap
+from defectlib.methods import base
 from defectlib.report import figures, layout, tables
 
 p = params.read(globals())
@@ -75,17 +75,13 @@ pd.Series([shot.defect for shot in shots]).value_counts(sort=False).rename("shot
 # file. The first ones of each defect, with the trimaps that the ControlNet reads:
 
 # %%
+pasting = base.get("adabldm")(s.config("adabldm"), s.backbone("adabldm"))
+objects = [trimap.foreground(image) for image in normals]
 rows, labels = [], []
 for defect in s.defects:
     own = [shot for shot in shots if shot.defect == defect]
-    made = [
-        augmentation.composite(own, normals[k], trimap.foreground(normals[k]), np.random.default_rng(k))
-        for k in range(min(6, len(normals)))
-    ]
-    rows += [
-        [image for image, _ in made],
-        [trimap.trimap(mask, trimap.foreground(normals[k])) for k, (_, mask) in enumerate(made)],
-    ]
+    made = [pasting.composite(number, own, normals, objects, s.seeds[0]) for number in range(6)]
+    rows += [[image for image, _, _ in made], [trimap.trimap(mask, objects[k]) for _, mask, k in made]]
     labels += [defect, "trimap"]
 figure = figures.sheet(rows, row_labels=labels)
 figures.save(figure, folder, f"adabldm_composites_{s.category}")

@@ -155,6 +155,9 @@ def test_the_users_own_foregrounds_stand_before_what_is_found(painted):
     assert torch.equal(trimap.foreground(own.normals()[0]), half)
     assert all(torch.equal(trimap.foreground(shot.image), half) for shot in own.shots())
     assert own.data_key(0) != s.data_key(0), "another foreground is another run"
+    again = study.open_category(s.parameters)
+    assert not torch.equal(trimap.foreground(again.normals()[0]), half), "a study without the folder finds by itself"
+    own.normals()
     mask = own.mask_source("adabldm")(np.random.default_rng(0), own.shots(), own.normals()[0])
     assert mask.any() and (mask <= half).all()
 
@@ -171,3 +174,15 @@ def test_a_folder_of_foregrounds_is_checked_before_any_work(painted):
     images.write_mask(file, ~half & half)
     with pytest.raises(ValueError, match="is all black: paint the object white"):
         study.open_category(asked)
+
+
+def test_a_tile_beside_the_object_is_named(painted):
+    s, half, asked = painted
+    corner = torch.zeros_like(half)
+    corner[..., :2, :2] = True
+    for image in s.learned_from(0):
+        images.write_mask(study.open_category(asked).foreground_file(image), corner)
+    with pytest.raises(ValueError, match=r"foregrounds: .*png shows no object in the tile .*: set tiles to none"):
+        s = study.open_category(asked.model_copy(update={"tiles": 32}))
+        s.shots()
+        s.normals()

@@ -5,6 +5,9 @@ Every function takes one numpy generator and draws from nothing else. Masks are 
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable, Sequence
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -14,6 +17,10 @@ from torch import Tensor
 
 # Points along each side of a pixel when coverage is measured.
 _SUBPIXELS = 6
+ATTEMPTS = 8
+"""Drawings of a moved mask until one fits whole."""
+NEARNESS = 0.05
+"""How near in depth a place is that counts as one of a shot's; 1 is the object's deepest."""
 
 
 def perlin(
@@ -199,14 +206,16 @@ def _warp(
 class Places:
     """Where masks may lie inside one foreground, bool (1, H, W); its spectrum is computed once for all masks.
 
-    One FFT correlation counts, for every corner at once, a mask's pixels that would fall outside.
+    One FFT correlation counts, for every corner at once, a mask's pixels that would fall outside; a second one, where
+    the depth (H, W) inside the object is given, sums the depths under it.
     """
 
-    def __init__(self, foreground: Tensor) -> None:
+    def __init__(self, foreground: Tensor, depth: NDArray[np.float64] | None = None) -> None:
         outside = ~foreground[0].numpy()
         self._shape = outside.shape
         # A corner at which the mask stays in the frame reads no pixel twice, so the circular form needs no padding.
-        self._spectrum = fft.rfft2(outside.astype(np.float32)) if outside.any() else None
+        self._outside = fft.rfft2(outside.astype(np.float32)) if outside.any() else None
+        self._depth = None if depth is None else fft.rfft2(depth.astype(np.float32))
 
     def corners(self, mask: Tensor) -> NDArray[np.int64]:
         """All corners (k, 2) as (y, x), in reading order, at which the whole mask, bool (1, h, w), lies inside.
@@ -220,11 +229,18 @@ class Places:
         free = np.subtract(self._shape, tight.shape) + 1
         if free.min() < 1:
             return np.empty((0, 2), np.int64)
-        if self._spectrum is None:
+        if self._outside is None:
             return np.indices(free).reshape(2, -1).T - rim
-        shifted = fft.rfft2(tight.astype(np.float32), self._shape)
-        missed = fft.irfft2(self._spectrum * shifted.conj(), self._shape)[: free[0], : free[1]]
-        return np.argwhere(missed < 0.5) - rim
+        return np.argwhere(self._under(self._outside, tight)[: free[0], : free[1]] < 0.5) - rim
+
+    def depths(self, mask: Tensor, corners: NDArray[np.int64]) -> NDArray[np.float64]:
+        """The mean depth under the mask at each of its corners (k, 2)."""
+        tight, rim = _tight(mask)
+        return self._under(self._depth, tight)[tuple((corners + rim).T)] / tight.sum()
+
+    def _under(self, spectrum: NDArray, tight: NDArray[np.bool_]) -> NDArray:
+        """What lies under a mask, summed, for every corner at which it may stand."""
+        return fft.irfft2(spectrum * fft.rfft2(tight.astype(np.float32), self._shape).conj(), self._shape)
 
 
 def _tight(mask: Tensor) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
@@ -238,7 +254,7 @@ def _tight(mask: Tensor) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
 
 
 def place(
-    patch_mask: Tensor, places: Places, rng: np.random.Generator, weights: NDArray[np.float64] | None = None
+    patch_mask: Tensor, places: Places, rng: np.random.Generator, depths: Sequence[float] | None = None
 ) -> tuple[int, int] | None:
     """A corner (y, x) for a patch such that its whole mask lies inside the foreground, or None if it fits nowhere.
 
@@ -246,19 +262,66 @@ def place(
         patch_mask: bool (1, h, w), not empty.
         places: Of the foreground.
         rng: Source of the choice.
-        weights: How likely a mask's middle lies at each pixel, (H, W); None is alike anywhere. Where all that is legal
-            has no weight, each corner is as likely as the others.
+        depths: How deep inside the object defects lie, of whom one is followed, see :func:`chances`; ``places`` must
+            know the object's depth. None makes every corner as likely as the next.
     """
     corners = places.corners(patch_mask)
     if len(corners) == 0:
         return None
-    chances = None
-    if weights is not None:
-        middle = np.argwhere(patch_mask[0].numpy()).mean(axis=0)
-        rows, columns = np.rint(corners + middle).astype(int).T
-        chances = weights[rows, columns]
-        chances = chances / chances.sum() if chances.sum() > 0 else None
-    return tuple(int(value) for value in corners[rng.choice(len(corners), p=chances)])
+    likely = None if depths is None else chances(places.depths(patch_mask, corners), depths)
+    return tuple(int(value) for value in corners[rng.choice(len(corners), p=likely)])
+
+
+def chances(own: NDArray[np.float64], depths: Sequence[float]) -> NDArray[np.float64]:
+    """How likely each of some places (k,), of these depths, is, if one of ``depths`` is followed, each as often.
+
+    A depth is followed within :data:`NEARNESS`, or at the places nearest to it where none is as near. Deep or shallow
+    places are no likelier for being many: each depth's share is parted among the places that it has.
+    """
+    bins = np.floor(own / NEARNESS).astype(int)
+    crowd = np.bincount(bins - bins.min())[bins - bins.min()]
+    total = np.zeros(len(own))
+    for depth in depths:
+        apart = np.abs(own - depth)
+        near = np.exp(-((np.maximum(apart - apart.min(), 0) / NEARNESS) ** 2) / 2) / crowd
+        total += near / near.sum()
+    return total / total.sum()
+
+
+def settle(
+    draw: Callable[[], tuple[Tensor, ...]],
+    allowed: Tensor,
+    rng: np.random.Generator,
+    *,
+    places: Places,
+    depths: Sequence[float] | None = None,
+    refused: Counter[str] | None = None,
+    attempts: int = ATTEMPTS,
+) -> tuple[tuple[Tensor, ...], tuple[int, int]]:
+    """What is drawn until its mask fits whole, and its corner; after some drawings about the middle.
+
+    Args:
+        draw: Draws a patch; its mask, bool (1, h, w), comes last.
+        allowed: Where the mask may lie, bool (1, H, W).
+        rng: Source of the place.
+        places: Of ``allowed``.
+        depths: As in :func:`place`.
+        refused: Counts what was drawn in vain.
+        attempts: Drawings at most.
+
+    Raises:
+        ValueError: No pixel is allowed.
+    """
+    if not allowed.any():
+        raise ValueError("no pixel is allowed: the foreground of the normal image is empty")
+    for _ in range(attempts):
+        drawn = draw()
+        corner = place(drawn[-1], places, rng, depths)
+        if corner is not None:
+            return drawn, corner
+        if refused is not None:
+            refused["fits nowhere whole"] += 1
+    return drawn, centred(drawn[-1], allowed)
 
 
 def centred(patch_mask: Tensor, foreground: Tensor) -> tuple[int, int]:

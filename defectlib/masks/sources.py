@@ -10,13 +10,10 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor
 
 from defectlib.masks import interpolation, random, trimap
 from defectlib.types import Shot
-
-ATTEMPTS = 8
 
 
 def affine(
@@ -27,33 +24,29 @@ def affine(
     A mask that fits nowhere whole is drawn again, at most eight times; the last one is then centred on the foreground
     and cut to it.
     """
-    return _moved(rng, shots, trimap.foreground(normal), None, refused)
+    return _moved(rng, shots, trimap.foreground(normal), refused)
 
 
 def affine_as_shots(
     rng: np.random.Generator, shots: Sequence[Shot], normal: Tensor, refused: Counter[str] | None = None
 ) -> Tensor:
-    """As :func:`affine`, but as deep inside the object as the shots' own masks: a rim's defects stay on the rim."""
-    allowed = trimap.foreground(normal)
-    return _moved(rng, shots, allowed, trimap.like_shots(shots, allowed), refused)
+    """As :func:`affine`, but as deep inside the object as one of the shots' own masks: a rim's defects stay there."""
+    return _moved(rng, shots, trimap.foreground(normal), refused, trimap.depths_of(tuple(shots)))
 
 
 def _moved(
     rng: np.random.Generator,
     shots: Sequence[Shot],
     allowed: Tensor,
-    weights: NDArray[np.float64] | None,
     refused: Counter[str] | None,
+    depths: Sequence[float] | None = None,
 ) -> Tensor:
-    places = random.Places(allowed)
-    for _ in range(ATTEMPTS):
-        patch = random.affine(shots[rng.integers(len(shots))].mask, rng)
-        corner = random.place(patch, places, rng, weights)
-        if corner is not None:
-            return random.at(patch, corner, allowed.shape[1:])
-        if refused is not None:
-            refused["fits nowhere whole"] += 1
-    return random.at(patch, random.centred(patch, allowed), allowed.shape[1:]) & allowed
+    places = random.Places(allowed, None if depths is None else trimap.depth(allowed))
+    (patch,), corner = random.settle(
+        lambda: (random.affine(shots[rng.integers(len(shots))].mask, rng),), allowed, rng,
+        places=places, depths=depths, refused=refused,
+    )  # fmt: skip
+    return random.at(patch, corner, allowed.shape[1:]) & allowed
 
 
 def perlin(

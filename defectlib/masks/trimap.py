@@ -8,8 +8,8 @@ tiles and MVTec 3D-AD's tire. A plain surface with one strong defect and nothing
 
 from __future__ import annotations
 
+import functools
 import hashlib
-from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -42,10 +42,6 @@ PART = 0.10
 """Parts smaller than this share of the largest part are dropped."""
 
 
-NEARNESS = 0.1
-"""Standard deviation of the depth at which a defect may lie from that of a shot's, where 1 is the deepest."""
-
-
 def know(image: Tensor, given: Tensor) -> None:
     """Say what is object in an image, bool (1, H, W), in this process: :func:`foreground` then finds nothing by itself.
 
@@ -57,6 +53,12 @@ def know(image: Tensor, given: Tensor) -> None:
     if not given.any():
         raise ValueError("the foreground is empty")
     _known[_name(image)] = given
+
+
+def forget(image: Tensor) -> None:
+    """Take back what :func:`know` was told of an image."""
+    if _known:
+        _known.pop(_name(image), None)
 
 
 _known: dict[bytes, Tensor] = {}
@@ -125,19 +127,10 @@ def depth(foreground: Tensor) -> NDArray[np.float64]:
     return distance / max(distance.max(), 1)
 
 
-def like_shots(shots: Sequence[Shot], foreground_: Tensor) -> NDArray[np.float64]:
-    """How likely a defect's middle lies at each pixel of a foreground, (H, W), if defects keep to the shots' depths.
-
-    A defect of the rim stays on the rim, wherever the object lies and however it is turned: the depths of the shots'
-    masks, each spread by :data:`NEARNESS`. All ones where the surface fills the frame.
-
-    Args:
-        shots: Of one defect.
-        foreground_: bool (1, H, W), of the normal image that is drawn on.
-    """
-    own = depth(foreground_)
-    found = [depth(foreground(shot.image))[shot.mask[0].numpy()].mean() for shot in shots]
-    return np.mean([np.exp(-(((own - at) / NEARNESS) ** 2) / 2) for at in found], axis=0)
+@functools.lru_cache(maxsize=16)
+def depths_of(shots: tuple[Shot, ...]) -> tuple[float, ...]:
+    """How deep inside its object each shot's defect lies: the mean of :func:`depth` under its mask."""
+    return tuple(float(depth(foreground(shot.image))[shot.mask[0].numpy()].mean()) for shot in shots)
 
 
 def _border(shape: tuple[int, int]) -> NDArray[np.bool_]:

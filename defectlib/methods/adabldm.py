@@ -12,7 +12,8 @@ rows, which are never followed:
 ====================  ============================================  ========================================
 what                  here                                          released
 ====================  ============================================  ========================================
-base model            adapted to the category's normals first       not adapted
+base model            adapted to the category's normals first (by   not adapted
+                      LoRA, where the paper trains all of it)
 empty prompts         one in ten while training                     none
 latent editing        after 40 % to 90 % of the steps (20 of 50)    after 50 % to 90 %
 noise after an edit   of the level that the loop goes on from       of the level before: too much
@@ -22,6 +23,8 @@ composites            drawn from seeds, encoded once                20,000 files
 rotated defects       keep width and height; black pixels count     swapped; black pixels are holes
 defects that do not   drawn again 8 times, then cut to the object   endless retries, or silently fewer images
   fit
+composites            also mirrored                                 turned and scaled
+latent editing        with the noise that was started from          with fresh noise at every step
 prompt for drawing    the one trained on                            with ", black background" added
 few-shot images       never tested on                               also copied into the test set
 ====================  ============================================  ========================================
@@ -50,8 +53,7 @@ from defectlib.backbone import ENCODE_BATCH, Backbone
 from defectlib.control import denoising_loss, embedded_once, new_controlnet, steered
 from defectlib.decoder import Part, adapted
 from defectlib.diffusion import Hook, at_level, denoise, dilated, kept_outside, noise_like, to_latents
-from defectlib.masks.random import Places
-from defectlib.masks.trimap import foreground, like_shots, trimap
+from defectlib.masks.trimap import depths_of, foreground, trimap
 from defectlib.methods.base import MethodConfig, register
 from defectlib.training import Curve, FitSettings, State, digest, fit, once
 from defectlib.types import Request, Sample, Shot
@@ -229,30 +231,44 @@ class AdaBLDM:
         """Draw from here on with a base model that has seen the category's normal images, as "a <category>"."""
         self.backbone, self.adapter = to_normals(self.base, normals, category, self.config, seed=seed, folder=folder)
 
-    def composites(
-        self, shots: Sequence[Shot], normals: Sequence[Tensor], objects: Sequence[Tensor], seed: int
-    ) -> Composites:
-        """The training set of one defect, each composite drawn from (seed, its number), encoded, and let go.
+    def composite(
+        self,
+        number: int,
+        shots: Sequence[Shot],
+        normals: Sequence[Tensor],
+        objects: Sequence[Tensor],
+        seed: int,
+    ) -> tuple[Tensor, Tensor, int]:
+        """One of the training set: a function of the fit's seed and its number, for which no file is needed.
 
         Args:
+            number: From 0 up.
             shots: Of one defect.
             normals: To paste on.
             objects: Their foregrounds, bool (1, H, W).
             seed: Of the fit.
+
+        Returns:
+            The image (3, H, W), the defect's mask (1, H, W), and which normal image it is pasted on.
         """
-        weights = [like_shots(shots, found) if self.config.placement == "as_shots" else None for found in objects]
-        places = [Places(found) for found in objects]
-        latents, masks, of_normal, pictures = [], [], [], []
-        for number in range(self.config.composites):
-            rng = np.random.default_rng([seed, 11, number])
-            k = int(rng.integers(len(normals)))
-            image, mask = composite(shots, normals[k], objects[k], rng, places=places[k], weights=weights[k])
-            pictures.append(image)
-            masks.append(np.packbits(mask.numpy(), axis=-1))
-            of_normal.append(k)
-            if len(pictures) == ENCODE_BATCH or number + 1 == self.config.composites:
-                latents.append(self.backbone.encode(torch.stack(pictures)))
-                pictures = []
+        rng = np.random.default_rng([seed, 11, number])
+        k = int(rng.integers(len(normals)))
+        depths = depths_of(tuple(shots)) if self.config.placement == "as_shots" else None
+        return *composite(shots, normals[k], objects[k], rng, depths=depths), k
+
+    def composites(
+        self, shots: Sequence[Shot], normals: Sequence[Tensor], objects: Sequence[Tensor], seed: int
+    ) -> Composites:
+        """The training set of one defect, encoded; arguments as those of :meth:`composite`."""
+        latents, masks, of_normal = [], [], []
+        for start in range(0, self.config.composites, ENCODE_BATCH):
+            numbers = range(start, min(start + ENCODE_BATCH, self.config.composites))
+            pictures, placed, on = zip(
+                *(self.composite(n, shots, normals, objects, seed) for n in numbers), strict=True
+            )
+            latents.append(self.backbone.encode(torch.stack(pictures)))
+            masks += [np.packbits(mask.numpy(), axis=-1) for mask in placed]
+            of_normal += on
         return Composites(torch.cat(latents), np.stack(masks), np.array(of_normal))
 
     def _fit(
@@ -294,7 +310,8 @@ class AdaBLDM:
             return {name: value.detach().cpu().contiguous() for name, value in net.state_dict().items()}, curve
 
         given = digest([x for shot in shots for x in (shot.image, shot.mask)] + [*normals, *objects])
-        asked = [self.base.digest, config.fit_values(), given, prompt, seed]
+        depths = depths_of(tuple(shots)) if config.placement == "as_shots" else None
+        asked = [self.base.digest, config.fit_values(), given, prompt, depths, seed]
         name = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:12]
         folder = workdir / "checkpoints" / f"{shots[0].defect}-{name}"
         return once(workdir / ENDED / f"{shots[0].defect}.safetensors", asked, train)

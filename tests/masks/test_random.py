@@ -214,11 +214,36 @@ def test_large_frames_count_as_exactly_as_small_ones():
     assert legal <= found and all((allowed[:, y : y + 60, x : x + 50] | ~patch).all() for y, x in found)
 
 
-def test_weights_choose_among_legal_corners_alone():
+def test_depths_choose_among_legal_corners():
     whole, square = torch.ones(1, 5, 5, dtype=torch.bool), torch.ones(1, 3, 3, dtype=torch.bool)
-    weights = np.zeros((5, 5))
-    weights[2, 2] = 1.0
-    corner = random.place(square, random.Places(whole), rng(), weights)
-    assert corner == (1, 1), "the middle of a mask of 3 x 3 lies on the only pixel that has a weight"
-    nothing = random.place(CORNER, random.Places(FOREGROUND), rng(), np.zeros(FOREGROUND.shape[1:]))
-    assert list(nothing) in random.Places(FOREGROUND).corners(CORNER).tolist(), "no weight anywhere: all alike"
+    depth = np.zeros((5, 5))
+    depth[1:4, 1:4] = 1.0
+    places = random.Places(whole, depth)
+    corners = places.corners(square)
+    by_hand = [depth[y : y + 3, x : x + 3].mean() for y, x in corners]
+    assert np.allclose(places.depths(square, corners), by_hand, atol=1e-6)
+    assert {random.place(square, places, rng(seed), [1.0]) for seed in range(20)} == {(1, 1)}
+    assert (1, 1) not in {random.place(square, places, rng(seed), [4 / 9]) for seed in range(20)}
+
+
+def test_each_depth_has_its_share_however_many_places_are_as_deep():
+    own = np.array([0.1] * 90 + [0.5] * 10)
+    chances = random.chances(own, [0.1, 0.5])
+    assert chances.sum() == pytest.approx(1) and chances[:90].sum() == pytest.approx(0.5, abs=1e-6)
+    assert random.chances(own, [0.52])[90:].sum() == pytest.approx(1, abs=1e-6)
+    assert random.chances(own, [0.9])[90:].sum() == pytest.approx(1, abs=1e-6), "the nearest where none is near"
+
+
+def test_what_fits_nowhere_is_drawn_again_and_then_laid_about_the_middle():
+    drawn, refused = [], Counter()
+
+    def draw():
+        drawn.append(1)
+        return (torch.ones(1, 4, 4, dtype=torch.bool),)
+
+    places = random.Places(FOREGROUND)
+    _, corner = random.settle(draw, FOREGROUND, rng(), places=places, refused=refused, attempts=3)
+    assert len(drawn) == 3 and refused == {"fits nowhere whole": 3}
+    assert corner == random.centred(torch.ones(1, 4, 4, dtype=torch.bool), FOREGROUND)
+    with pytest.raises(ValueError, match="no pixel is allowed: the foreground of the normal image is empty"):
+        random.settle(draw, ~FOREGROUND & FOREGROUND, rng(), places=places)

@@ -9,7 +9,7 @@ import torch
 from defectlib import images, paths
 from defectlib.data import mini
 from defectlib.masks import sources
-from defectlib.masks.trimap import _tidy, depth, foreground, know, like_shots, trimap
+from defectlib.masks.trimap import _tidy, depth, depths_of, foreground, forget, know, trimap
 from defectlib.types import Shot
 
 DATA = Path(paths.ROOT).parent / "shared" / "data"
@@ -95,6 +95,8 @@ def test_what_is_known_stands_before_what_is_found():
     know(image, given)
     assert torch.equal(foreground(image), given) and torch.equal(foreground(image.clone()), given)
     assert foreground(image.flip(2)).all(), "another image"
+    forget(image)
+    assert foreground(image).all()
     with pytest.raises(ValueError, match="but its image is"):
         know(image, given[..., :20])
     with pytest.raises(ValueError, match="the foreground is empty"):
@@ -108,18 +110,18 @@ def test_depth_counts_from_the_background_and_not_from_the_frame():
     assert (depth(torch.ones(1, 3, 3, dtype=torch.bool)) == 1).all()
 
 
-def test_a_rims_defects_stay_on_the_rim_of_another_object():
+def test_a_rims_defects_stay_as_deep_wherever_the_object_lies():
     y, x = np.mgrid[:64, :64] - 31.5
-    image = torch.from_numpy(np.where(np.hypot(y, x) < 24, -0.5, 0.6).astype(np.float32)).expand(3, -1, -1).contiguous()
+    shade = np.where(np.hypot(y, x) < 24, -0.5, 0.6).astype(np.float32)
+    image = torch.from_numpy(shade).expand(3, -1, -1).contiguous()
     rim = torch.from_numpy((np.hypot(y, x) < 23) & (np.hypot(y, x) > 20) & (x > 15))[None]
-    other = torch.from_numpy(np.hypot(y / 0.7, x) < 28)[None]
-    likely = like_shots([Shot(image, rim, "c", "d", "0")], other)
-    best = depth(other).ravel()[likely.argmax()]
-    assert 0 < best < 0.25 and likely[31, 31] < 0.01 * likely.max()
-    of_object, depths = depth(foreground(image)), {}
+    shot = Shot(image, rim, "c", "d", "0")
+    (wanted,) = depths_of((shot,))
+    assert wanted == pytest.approx(depth(foreground(image))[rim[0].numpy()].mean()) and 0 < wanted < 0.2
+    other, depths = image.roll((6, -5), (1, 2)), {}
+    of_object = depth(foreground(other))
     for name in ("affine_as_shots", "affine"):
-        draw = sources.SOURCES[name]
-        masks = [draw(np.random.default_rng(k), [Shot(image, rim, "c", "d", "0")], image) for k in range(20)]
-        assert all((mask <= foreground(image)).all() for mask in masks)
+        masks = [sources.SOURCES[name](np.random.default_rng(k), [shot], other) for k in range(40)]
+        assert all((mask <= foreground(other)).all() for mask in masks)
         depths[name] = np.mean([of_object[mask[0].numpy()].mean() for mask in masks])
-    assert depths["affine_as_shots"] < 0.7 * depths["affine"]
+    assert depths["affine_as_shots"] < wanted + 0.06 and depths["affine"] > wanted + 0.2

@@ -102,6 +102,12 @@ def test_every_field_of_drawing_changes_the_picture(fitted, change):
     assert not torch.equal(images(fitted), images(with_config(fitted, **change)))
 
 
+def test_the_list_above_holds_every_field_of_drawing():
+    (mark,) = test_every_field_of_drawing_changes_the_picture.pytestmark
+    named = {name for change in mark.args[1] for name in change}
+    assert named | {"controlnet_scale", "batch_size"} == set(AdaBLDMConfig.DRAWING), "the scale has a test of its own"
+
+
 def test_controlnet_scale_reads_the_trained_residuals(fitted, untrained, tmp_path):
     trained = fit(AdaBLDMConfig(**QUICK | {"learning_rate": 1e-3}), untrained, tmp_path)
     assert not torch.equal(images(trained), images(with_config(trained, controlnet_scale=0.0)))
@@ -168,16 +174,15 @@ def test_the_decoder_brings_the_background_near_the_normal_image_and_not_onto_it
 
 
 def test_a_sample_does_not_depend_on_how_many_are_drawn(fitted):
-    many = [request(k) for k in range(5)]
-    assert torch.equal(images(fitted, many)[2:4], images(fitted, many[2:4]))
+    one, two, three = (images(fitted, [request(k)])[0] for k in (1, 2, 3))
+    assert torch.equal(images(fitted, [request(2), request(1)]), torch.stack([two, one])), "place in a batch"
+    assert torch.equal(images(fitted, [request(1), request(3), request(2)]), torch.stack([one, three, two]))
 
 
 def test_composites_are_functions_of_seed_and_number_inside_the_object(fitted):
     objects = [trimap.foreground(image) for image in NORMALS]
     few, more = (with_config(fitted, composites=n).composites(SHOTS, NORMALS, objects, 3) for n in (5, 20))
-    assert torch.equal(
-        few.masks if torch.is_tensor(few.masks) else torch.from_numpy(few.masks), torch.from_numpy(more.masks[:5])
-    )
+    assert (few.masks == more.masks[:5]).all() and torch.allclose(few.latents, more.latents[:5], atol=1e-4)
     assert (few.of_normal == more.of_normal[:5]).all() and len(set(more.of_normal)) > 1
     masks = torch.from_numpy(np.unpackbits(more.masks, axis=-1, count=64).astype(bool))
     assert all((mask <= objects[k]).all() and mask.any() for mask, k in zip(masks, more.of_normal))
