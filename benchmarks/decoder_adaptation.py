@@ -32,7 +32,7 @@ CATEGORIES = ("brick", "gear", "grass", "nut")
 CYCLE = {"schedule": "cycle"}
 FORMS = {
     "whole, 200 steps at 1e-4 (paper)": {},
-    "whole, 90 steps, cycle to 5e-4": {"steps": 90, "learning_rate": 5e-4, **CYCLE},
+    "whole, 75 steps, cycle to 6e-4": {"steps": 75, "learning_rate": 6e-4, **CYCLE},
     "last block, 150 steps, cycle to 3e-3": {"part": "last_block", "steps": 150, "learning_rate": 3e-3, **CYCLE},
     "last block, 60 steps, cycle to 3e-3": {"part": "last_block", "steps": 60, "learning_rate": 3e-3, **CYCLE},
     "norms, 100 steps, cycle to 3e-2": {"part": "norms", "steps": 100, "learning_rate": 3e-2, **CYCLE},

@@ -12,15 +12,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal, Protocol
 
+import safetensors.torch
 import torch
 from diffusers import UNet2DConditionModel
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor
 
-from defectlib import diffusion
+from defectlib import diffusion, paths
 from defectlib.backbone import Backbone
 from defectlib.branches.routing import PROJECTIONS
 from defectlib.training import Curve, FitSettings, State, digest, fit, once
+
+ADAPTER = "adapter.safetensors"
 
 
 def _with_lora(unet: UNet2DConditionModel, rank: int, seed: int) -> UNet2DConditionModel:
@@ -72,7 +75,7 @@ def adapt(
         curve = fit(unet, loss, len(latents), settings, seed=seed, folder=folder)
         return {name: value.detach().cpu().clone() for name, value in get_peft_model_state_dict(unet).items()}, curve
 
-    adapter, curve = once(folder / "adapter.safetensors", asked, train)
+    adapter, curve = once(folder / ADAPTER, asked, train)
     return restore(base, adapter), adapter, curve
 
 
@@ -117,3 +120,17 @@ def restore(base: Backbone, adapter: State) -> Backbone:
         raise ValueError(f"the adapter was trained on another UNet than that of '{base.name}': fit it anew")
     set_peft_model_state_dict(unet, adapter)
     return _merged(base, unet)
+
+
+def write(adapter: State, folder: Path) -> None:
+    """Keep an adapter with a method's model; an empty one is none."""
+    if adapter:
+        paths.write_bytes(folder / ADAPTER, safetensors.torch.save(adapter))
+
+
+def read(folder: Path, base: Backbone, config: Adapting) -> tuple[Backbone, State]:
+    """The model that a method draws with, and its adapter: the base itself where the configuration adapts none."""
+    if not config.adapt_steps:
+        return base, {}
+    adapter = safetensors.torch.load_file(folder / ADAPTER)
+    return restore(base, adapter), adapter

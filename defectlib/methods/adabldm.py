@@ -46,8 +46,7 @@ from diffusers import ControlNetModel
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from defectlib import paths
-from defectlib.adaptation import restore, to_normals
+from defectlib import adaptation, paths
 from defectlib.augmentation import composite
 from defectlib.backbone import ENCODE_BATCH, Backbone
 from defectlib.control import denoising_loss, embedded_once, new_controlnet, steered
@@ -229,7 +228,9 @@ class AdaBLDM:
 
     def _adapt(self, category: str, normals: Sequence[Tensor], seed: int, folder: Path) -> None:
         """Draw from here on with a base model that has seen the category's normal images, as "a <category>"."""
-        self.backbone, self.adapter = to_normals(self.base, normals, category, self.config, seed=seed, folder=folder)
+        self.backbone, self.adapter = adaptation.to_normals(
+            self.base, normals, category, self.config, seed=seed, folder=folder
+        )
 
     def composite(
         self,
@@ -440,8 +441,7 @@ class AdaBLDM:
         """A ControlNet a defect in diffusers' layout, the base's adapter, and the configuration."""
         for defect in self.states:
             self.net(defect).save_pretrained(folder / "controlnet" / defect, safe_serialization=True)
-        if self.adapter:
-            paths.write_bytes(folder / "adapter.safetensors", safetensors.torch.save(self.adapter))
+        adaptation.write(self.adapter, folder)
         described = {"config": self.config.model_dump(), "backbone": self.base.digest, "curves": self.curves}
         paths.write_text(folder / "method.json", json.dumps(described, indent=1))
         for done in (ENDED, "adaptation"):
@@ -458,9 +458,7 @@ class AdaBLDM:
         method = cls(cls.Config(**described["config"]), backbone)
         if described["backbone"] != backbone.digest:
             raise ValueError(f"{folder} was fitted on another base model than '{backbone.name}': fit it anew")
-        if method.config.adapt_steps:
-            method.adapter = safetensors.torch.load_file(folder / "adapter.safetensors")
-            method.backbone = restore(backbone, method.adapter)
+        method.backbone, method.adapter = adaptation.read(folder, backbone, method.config)
         for defect, curve in described["curves"].items():
             file = folder / "controlnet" / defect / "diffusion_pytorch_model.safetensors"
             method.states[defect] = safetensors.torch.load_file(file)

@@ -31,15 +31,13 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 import numpy as np
-import safetensors.torch
 import torch
 from diffusers import ControlNetModel
 from pydantic import Field
 from skimage.exposure import match_histograms
 from torch import Tensor
 
-from defectlib import paths
-from defectlib.adaptation import restore, to_normals
+from defectlib import adaptation, paths
 from defectlib.attention import AttentionWeights, reweighted, selective_weights
 from defectlib.augmentation import training_pictures
 from defectlib.backbone import ENCODE_BATCH, Backbone
@@ -212,7 +210,7 @@ class DefectSynth:
         """Draw from here on with a base model that has seen the category's normal images, as "a <category>"."""
         if not normals:
             raise ValueError("adapt_steps is given, but there is no normal image to adapt the base model to")
-        self.backbone, self.adapter = to_normals(
+        self.backbone, self.adapter = adaptation.to_normals(
             self.base, normals, self.shots[0].category, self.config, seed=seed, folder=folder
         )
 
@@ -333,8 +331,7 @@ class DefectSynth:
     def save(self, folder: Path) -> None:
         """The ControlNet and the shots (Equation 5's references) as safetensors, configuration and names as JSON."""
         self.controlnet.save_pretrained(folder / "controlnet", safe_serialization=True)
-        if self.adapter:
-            paths.write_bytes(folder / "adapter.safetensors", safetensors.torch.save(self.adapter))
+        adaptation.write(self.adapter, folder)
         described = {
             "config": self.config.model_dump(), "backbone": self.backbone.digest, "curve": self.curve,
             "shots": save_shots(self.shots, folder),
@@ -352,9 +349,7 @@ class DefectSynth:
         method = cls(cls.Config(**described["config"]), backbone)
         if described["backbone"] != backbone.digest:
             raise ValueError(f"{folder} was fitted on another base model than '{backbone.name}': fit it anew")
-        if method.config.adapt_steps:
-            method.adapter = safetensors.torch.load_file(folder / "adapter.safetensors")
-            method.backbone = restore(backbone, method.adapter)
+        method.backbone, method.adapter = adaptation.read(folder, backbone, method.config)
         method.shots = load_shots(folder, described["shots"])
         method.curve = [tuple(point) for point in described["curve"]]
         net = ControlNetModel.from_pretrained(folder / "controlnet", local_files_only=True)
