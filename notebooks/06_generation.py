@@ -58,8 +58,8 @@ figures.style()
 # %% [markdown]
 # ## The prompts
 #
-# One text a defect. Crop-Paste ignores it; DefectSynth was trained with it and draws with it; DualAnoDiff has its paper's
-# two, "a vfx with sks" and "sks", for every defect.
+# One text a defect. Crop-Paste ignores it; DefectSynth was trained with it and draws with it; so was AdaBLDM, whose ControlNet
+# alone reads an empty one; DualAnoDiff has its paper's two, "a vfx with sks" and "sks", for every defect.
 
 # %%
 pd.Series(s.prompts(), name="prompt").to_frame()
@@ -81,7 +81,7 @@ print(f"{len(report)} pairs in {len(records)} runs")
 # What spoils a training set is seldom seen on a sheet: empty masks, masks over the whole image, images in which nothing
 # was drawn. The change is the mean absolute difference to the normal image, in grey levels of 255. A background that a
 # method promises to keep must show 0 outside; where it does not promise that, the number is what passing through its
-# autoencoder changes, and what it draws beside the mask. DualAnoDiff draws no normal image over: its change is that to an
+# autoencoder changes (for AdaBLDM with a decoder adapted to each image), and what it draws beside the mask. DualAnoDiff draws no normal image over: its change is that to an
 # image it has not looked at, inside and outside alike.
 
 # %%

@@ -119,6 +119,20 @@ figures.save(figure, folder, f"fig_5_ablation_{s.category}")
 figure
 
 # %% [markdown]
+# ## AdaBLDM, stage by stage
+#
+# What every stage is for: the background. The mean absolute change against the normal image, inside the masks and outside, in
+# grey levels of 255, of the whole and with one stage left out.
+
+# %%
+stages_of = [name for name in names if s.method_of(name).name == "adabldm"]
+reports = {
+    name: pd.concat([pd.read_csv(s.folder(name, seed).path / "samples.csv") for seed in s.seeds]) for name in stages_of
+}
+changes = pd.DataFrame({name: own[["change_inside", "change_outside"]].mean() for name, own in reports.items()}).T
+changes.rename(index=layout.method_title).round(2) if stages_of else "AdaBLDM was not asked for."
+
+# %% [markdown]
 # ## With and without background compensation (DualAnoDiff Fig. 4)
 #
 # Only where the category's images have a background. The background that is read, and pairs of the same seed drawn by the
