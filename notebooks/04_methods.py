@@ -555,7 +555,7 @@ print(
     f"fitted in {record['metrics'][0]['value']:.1f} s, {usual.steps or 'all'} steps a defect on {usual.composites} composites"
 )
 placed = sampling.plan(shots, normals, 1, s.mask_source("adabldm"), seed, s.prompts(), s.all_defects)
-moments = (0.2, usual.latent_from, 0.65, usual.image_from, 1.0)
+moments = (usual.latent_from, 0.65, usual.image_from, 1.0)
 
 
 def taken_for(r, seen):
@@ -591,7 +591,7 @@ figure
 # %%
 rows = []
 model.scheduler.set_timesteps(usual.num_inference_steps)
-for r in placed:
+for r in placed[-1:]:
     t, allowed = torch.tensor([600]), trimap.foreground(r.normal)
     noise = diffusion.noise_like([r.seed], model.latent_shape(s.size)).to(model.device)
     noisy = model.scheduler.add_noise(model.encode(r.normal[None]), noise, t)
@@ -605,7 +605,7 @@ for r in placed:
     apart = ((with_it - alone).abs().amax(0, keepdim=True) * 2).clamp(max=1)
     rows.append([r.normal, told, model.decode(noisy)[0], alone, with_it, apart])
 titles = ["normal", "trimap", "noised", "prompt alone", "with the trimap", "difference"]
-figure = figures.sheet(rows, row_labels=[r.defect for r in placed], column_labels=titles)
+figure = figures.sheet(rows, row_labels=[r.defect for r in placed[-1:]], column_labels=titles)
 figures.save(figure, folder, f"adabldm_fig_2_network_{s.category}")
 figure
 
@@ -635,34 +635,6 @@ figures.save(figure, folder, f"adabldm_fig_1_styles_{s.category}")
 figure
 
 # %% [markdown]
-# ### The decoder, adapted to one image
-#
-# Outside the mask the normal image is known, yet the decoder gives its own reconstruction of it. AdaBLDM trains all of a
-# decoder for each image, 200 steps; the profile here may train less of it, see the configuration in notebook 5. The error
-# against the normal image outside the mask (white is 32 grey levels or more) before and after, and what became of the defect:
-
-# %%
-rows, numbers = [], []
-for r in placed:
-    both = []
-    for values in ({"decoder": None}, {}):
-        blended.config = base.configure("adabldm", usual.model_dump() | values)
-        both.append(blended.sample([r])[0].image)
-    without, after = both
-    errors = [((image - r.normal).abs() * ~r.mask).amax(0, keepdim=True) * 127.5 for image in both]
-    rows.append([r.normal, without, after, *[(error / 32).clamp(max=1) for error in errors]])
-    numbers.append([r.defect, *[change(image[None], r.normal[None], ~r.mask[None]) for image in both],
-                    change(after[None], without[None], r.mask[None])])  # fmt: skip
-titles = ["normal", "as decoded", "adapted", "error, as decoded", "error, adapted"]
-figure = figures.sheet(rows, row_labels=[r.defect for r in placed], column_labels=titles)
-adaptation = pd.DataFrame(numbers, columns=["defect", "outside, as decoded", "outside, adapted", "inside, moved by"])
-figures.save(figure, folder, f"adabldm_decoder_{s.category}", adaptation)
-figure
-
-# %%
-adaptation.set_index("defect").round(2)
-
-# %% [markdown]
 # ## What was found
 
 # %%
@@ -686,8 +658,4 @@ for name in ("no SAE", "no SFF", "as released"):
     print(f"DefectSynth, {name}: inside the masks {effects.loc[name, columns[3]]:.2f} grey levels from SAE and SFF.")
 for d, iou in ceiling.groupby("defect", sort=False)[ceiling.columns[1]]:
     print(f"DualAnoDiff, {d}: masks read off real parts overlap the real masks with an IoU of {iou.mean():.2f}.")
-for row in adaptation.itertuples(index=False):
-    print(
-        f"AdaBLDM, {row[0]}: adapting the decoder brings the error outside from {row[1]:.2f} to {row[2]:.2f} grey levels."
-    )
 print(s.stamp())

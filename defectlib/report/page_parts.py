@@ -75,7 +75,7 @@ OF_FIRST_CATEGORY = frozenset({
     "fig_1_starting_point", "mask_area", "symmetry", "crop_paste_steps", "crop_paste_on_off", "defectsynth_blending",
     "defectsynth_alignment", "defectsynth_weights", "defectsynth_weight_maps", "defectsynth_on_off",
     "defectsynth_fusion", "dualanodiff_branches", "dualanodiff_pairs", "dualanodiff_interaction",
-    "dualanodiff_attention", "adabldm_fig_1_styles", "adabldm_fig_2_network", "adabldm_fig_3_stages", "adabldm_decoder",
+    "dualanodiff_attention", "adabldm_fig_1_styles", "adabldm_fig_2_network", "adabldm_fig_3_stages",
     "backbone_curves", "vae_round_trip", "schedule", "dualanodiff_fig_3_noising",
     "denoising_loop", "zero_shot_world", "inversion", "attention_words", "dualanodiff_fig_3_attention",
     "zero_shot_defects", "closed_form_denoiser", "memorisation",
