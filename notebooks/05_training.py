@@ -51,7 +51,6 @@ from safetensors.torch import load_file
 
 from defectlib import params, sampling, stages, study
 from defectlib.masks import trimap
-from defectlib.methods import base
 from defectlib.report import figures, layout, tables
 
 p = params.read(globals())
@@ -75,7 +74,7 @@ pd.Series([shot.defect for shot in shots]).value_counts(sort=False).rename("shot
 # file. The first ones of each defect, with the trimaps that the ControlNet reads:
 
 # %%
-pasting = base.get("adabldm")(s.config("adabldm"), s.backbone("adabldm"))
+pasting = s.method_of("adabldm")(s.config("adabldm"), s.backbone("adabldm"))
 objects = [trimap.foreground(image) for image in normals]
 rows, labels = [], []
 for defect in s.defects:
@@ -174,7 +173,7 @@ placed = sampling.plan(shots, normals, 1, s.mask_source(name), seed, s.prompts()
 for r in placed:
     both = []
     for values in ({"decoder": None}, {}):
-        drawing.config = base.configure(name, s.config(name).model_dump() | values)
+        drawing.config = s.config(name).model_copy(update=values)
         both.append(drawing.sample([r])[0].image)
     errors = [(image - r.normal).abs() * 127.5 for image in both]
     moved = (both[1] - both[0]).abs()[:, r.mask[0]].mean() * 127.5
