@@ -86,7 +86,7 @@ def test_notebooks_are_valid(name):
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_notebook_is_executed_small_and_clean(name):
     file = paths.NOTEBOOKS / f"{name}.ipynb"
-    assert file.stat().st_size <= 550_000
+    assert file.stat().st_size <= 400_000
     code = [c for c in nbformat.read(file, as_version=4).cells if c.cell_type == "code"]
     assert [c.execution_count for c in code] == list(range(1, len(code) + 1)), "executed once, in order"
     outputs = [o for c in code for o in c.outputs]

@@ -23,6 +23,8 @@ from torch import Tensor
 from defectlib import images
 
 DPI = 100
+# Of a figure on a notebook's page; its file has 256.
+PAGE_COLOURS = 80
 WIDEST = 1100
 LARGEST_CELL = 192
 OUTLINE = "#E8432E"
@@ -34,18 +36,18 @@ Cell = Tensor | np.ndarray | None
 
 
 class Picture(Figure):
-    """A Figure that notebooks display without pyplot, in 256 colours: an executed notebook is read on the web."""
+    """A Figure that notebooks display without pyplot, in few colours: an executed notebook is read on the web."""
 
     def _repr_png_(self) -> bytes:
-        return png(self, DPI)
+        return png(self, DPI, PAGE_COLOURS)
 
 
-def png(figure: Figure, dpi: int) -> bytes:
-    """A figure as PNG in at most 256 colours, without dates."""
+def png(figure: Figure, dpi: int, colours: int = 256) -> bytes:
+    """A figure as PNG in at most so many colours, without dates."""
     drawn, shown = io.BytesIO(), io.BytesIO()
     figure.savefig(drawn, format="png", dpi=dpi)
     with Image.open(drawn) as picture:
-        few = picture.convert("RGB").quantize(256, Image.Quantize.MEDIANCUT)
+        few = picture.convert("RGB").quantize(colours, Image.Quantize.MEDIANCUT)
         few.save(shown, format="png", optimize=True, dpi=(dpi, dpi))
     return shown.getvalue()
 
