@@ -22,8 +22,9 @@ from defectlib import backbone, paths, runs, sampling
 from defectlib import downstream as models
 from defectlib.images import TURNS
 from defectlib.masks.interpolation import NoMask, mask_iou
+from defectlib.metrics import bootstrap, features, nearest, neighbours, regions
 from defectlib.metrics import quality as quality_metrics
-from defectlib.metrics import regions
+from defectlib.metrics.features import metric_name
 from defectlib.runs import RunFolder
 from defectlib.study import SHOTS_ONLY, Study
 from defectlib.training import Curve, State, once
@@ -125,14 +126,17 @@ def copied(mask: Tensor, real: Sequence[Tensor]) -> bool:
 
 
 def quality(s: Study, method: str, seed: int) -> dict[str, Any]:
-    """KID, IS, LPIPS and IC-LPIPS of a run's samples, per defect; the record of the stage.
+    """The measures of ``metrics.quality`` of a run's samples, per defect; the record of the stage.
 
     Real images are all those of the defect (shots and held-out), as in DefectSynth; IC-LPIPS clusters around the shots.
-    ``mask_seen`` says whether the masks lie on the defects, see :func:`seen`.
+    ``shot-distance`` says how far samples keep from the shots, see :func:`nearest.shot_distance`, and ``mask_seen``
+    whether the masks lie on the defects, see :func:`seen`.
     """
     upstream = sample(s, method, seed)
     values = {
         "quality": s.settings.quality.model_dump(), "reader": s.settings.downstream.localiser.model_dump(),
+        # Runs from before intervals and neighbours were measured are measured again.
+        "draws": bootstrap.DRAWS, "neighbour": neighbours.K,
     }  # fmt: skip
     folder, key = s.folder(method, seed), runs.stage_key(values, [upstream["key"]])
     if (record := folder.complete("quality", key)) is not None:
@@ -140,18 +144,32 @@ def quality(s: Study, method: str, seed: int) -> dict[str, Any]:
     with runs.stage(folder, "quality", key, s.identity(method, seed), values, {"sample": upstream["key"]}) as metrics:
         shots, held_out = s.shots(seed), s.held_out(seed)
         for defect in s.defects:
-            refs = [shot.image for shot in shots if shot.defect == defect]
+            real = [shot for shot in shots if shot.defect == defect]
             drawn = sampling.load(folder.path, defect)
             if not drawn:
                 why = {"n_generated": 0, "why_withheld": "no mask could be drawn for this defect"}
                 names = quality_metrics.names(s.settings.quality.extractor, s.settings.quality.perceptual)
-                metrics.extend({"metric": m, "value": None, "defect": defect, "protocol": why} for m in [*names, SEEN])
+                names += [metric_name(s.settings.quality.extractor, "shot-distance"), SEEN]
+                metrics.extend({"metric": m, "value": None, "defect": defect, "protocol": why} for m in names)
                 continue
             pictures, masks = sampling.stack(drawn)
+            refs = [shot.image for shot in real]
             rows = quality_metrics.evaluate(list(pictures), s.real(defect, seed), refs, **s.quality_arguments())
+            rows.append(_shot_distance(s, drawn, real))
             rows.append({"metric": SEEN, **_mask_seen(s, seed, defect, held_out, pictures, masks)})
             metrics.extend({**row, "defect": defect} for row in rows)
     return folder.record("quality")
+
+
+def _shot_distance(s: Study, drawn: list, real: list) -> dict[str, Any]:
+    """The median distance of samples to their nearest shot, in that of the shots; withheld for a single shot."""
+    name = s.settings.quality.extractor
+    row = {"metric": metric_name(name, "shot-distance"), "value": None}
+    told = {"extractor": name, "n_generated": len(drawn), "n_real": len(real), "window": "around the defect"}
+    if len(real) < 2:
+        return row | {"protocol": told | {"why_withheld": "one shot: it has no distance to another"}}
+    apart, between = nearest.shot_distance(drawn, real, features.load(name))
+    return row | {"value": apart.median().item(), "protocol": told | {"between_shots": between}}
 
 
 def reader(s: Study, seed: int) -> tuple[nn.Module, Curve]:

@@ -68,14 +68,38 @@ figures.style()
 # * **LPIPS**: distance to the nearest real image.
 # * **IC-LPIPS**: samples are assigned to their nearest shot; mean distance between samples of one cluster. Higher is more
 #   diverse. Three protocols are in use; the one used here is named beside the number.
+# * **Precision, recall, density, coverage** tell realism from variety, which one number mixes. A real image's ball reaches to
+#   its third nearest real image, a sample's likewise. Precision: the share of samples in a real ball; density: how many such
+#   balls a sample lies in, over three; recall: the share of real images in a sample's ball; coverage: the share of real balls
+#   that hold a sample. Samples from the real distribution itself would have a density of 1.
+# * **Distance to the shots**: the median distance of a sample to its nearest shot, around the defect, over the shots' own
+#   distance to the next one. Near 0 the samples are copies; it is neither better high nor low.
 
 # %%
 for method in s.methods:
     for seed in s.seeds:
         stages.quality(s, method, seed)
 results = study.results(p, [s.category])
-own = results[results["stage"] == "quality"]
-own.pivot_table(index=["method", "defect"], columns="metric", values="value", aggfunc="mean").round(4)
+own = results[(results["stage"] == "quality") & results["method"].isin(s.methods)]
+own.pivot_table(index=["metric", "defect"], columns="method", values="value", aggfunc="mean", sort=False).round(3)
+
+# %% [markdown]
+# ### With error bars
+#
+# How far a number would move with other images of the same kind: the 95 % interval of a bootstrap over the images that its
+# protocol names (`ci95_over`), around the value; Wilson's for the shares. **Where intervals of two methods overlap widely,
+# the order of their values says nothing.** It does not cover the choice of the shots.
+
+# %%
+bounds = [json.loads(text).get("ci95", (float("nan"),) * 2) for text in own["protocol"]]
+own = own.assign(low=[low for low, _ in bounds], high=[high for _, high in bounds])
+measures = quality.names(s.settings.quality.extractor, s.settings.quality.perceptual)
+measured = own[own["metric"].isin(measures) & own["value"].notna()]
+measured = measured.sort_values("method", key=lambda names: names.map(s.methods.index), kind="stable")
+figure = figures.intervals(measured) if len(measured) else None
+if figure is not None:
+    figures.save(figure, folder, f"quality_intervals_{s.category}", measured.drop(columns="protocol"))
+figure
 
 # %% [markdown]
 # The protocol of each number, as it is stored beside it:
@@ -111,7 +135,7 @@ spread.groupby(["pair", "n"])["kid"].agg(["mean", "std"]).round(4)
 
 # %%
 base = backbone.load(s.settings.backbone)
-kid = quality.names(s.settings.quality.extractor, s.settings.quality.perceptual)[0]
+kid = measures[0]
 of = (
     own[(own["metric"] == kid) & own["method"].isin(s.methods)]
     .groupby(["defect", "method"], sort=False)["value"]

@@ -48,7 +48,7 @@ import json
 import pandas as pd
 from IPython.display import display
 
-from defectlib import params, sampling, stages, study
+from defectlib import params, published, sampling, stages, study
 from defectlib.augmentation import background
 from defectlib.metrics import quality
 from defectlib.report import figures, layout, tables
@@ -88,7 +88,8 @@ asked = results[results["method"].isin(names)]
 seeds = asked.groupby(["method", "metric", "seed"])["value"].mean()
 mean, sd = seeds.groupby(level=[0, 1]).mean().unstack(), seeds.groupby(level=[0, 1]).std().unstack()
 q = s.settings.quality
-kid, *shown = *quality.names(q.extractor, q.perceptual), "mask_iou", stages.SEEN, "seconds_per_image"
+measures = [m for m in quality.names(q.extractor, q.perceptual) if published.kind(m) not in ("precision", "recall")]
+kid, *shown = *measures, "mask_iou", stages.SEEN, "seconds_per_image"
 summary = pd.DataFrame(
     {"KID x 1000": mean[kid] * 1000, "sd": sd[kid] * 1000} | {m: mean[m] for m in shown if m in mean}
 )

@@ -14,6 +14,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from defectlib.metrics.neighbours import distances
 from defectlib.types import Sample, Shot
 
 SMALLEST = 0.25
@@ -70,11 +71,43 @@ def nearest_shots(
         raise ValueError(f"{len(samples)} samples and {len(shots)} shots: at least one of each is needed")
     if len(defects) > 1:
         raise ValueError(f"shots and samples of one defect are compared, got {', '.join(defects)}")
-    side = window_side([shot.mask for shot in shots])
-    drawn, real = (extract([window(x.image, x.mask, side) for x in items]).double() for items in (samples, shots))
-    # The differences themselves: through squares, equal features would lie a rounding apart.
-    distances = torch.cdist(drawn, real, compute_mode="donot_use_mm_for_euclid_dist").min(1)
+    drawn, real = _features(samples, shots, extract)
+    closest = distances(drawn, real).min(1)
     table = pd.DataFrame({
-        "sample": range(len(samples)), "shot": distances.indices.numpy(), "distance": distances.values.numpy(),
+        "sample": range(len(samples)), "shot": closest.indices.numpy(), "distance": closest.values.numpy(),
     })  # fmt: skip
     return table.sort_values("distance", ascending=False, kind="stable", ignore_index=True)
+
+
+def shot_distance(
+    samples: Sequence[Sample], shots: Sequence[Shot], extract: Callable[[Sequence[Tensor]], Tensor]
+) -> tuple[Tensor, float]:
+    """How far samples keep from the shots that were learned from, in the distance of the shots among themselves.
+
+    Near 0 they are copies; at 1 they lie as far from the nearest shot as a shot from the next one.
+
+    Args:
+        samples: What was drawn, of one defect.
+        shots: Two or more real pairs of that defect.
+        extract: As of :func:`nearest_shots`.
+
+    Returns:
+        Each sample's distance to its nearest shot over the median of the shots' own, float64 (N,), and that median.
+
+    Raises:
+        ValueError: There is no sample, there are fewer than two shots, or all shots look the same.
+    """
+    if not samples or len(shots) < 2:
+        raise ValueError(f"{len(samples)} samples and {len(shots)} shots: one and two are needed")
+    drawn, real = _features(samples, shots, extract)
+    own = distances(real, real).fill_diagonal_(torch.inf).min(1).values.median().item()
+    if own == 0:
+        raise ValueError(f"the shots of '{shots[0].defect}' look the same: there is no distance to compare with")
+    return distances(drawn, real).min(1).values / own, own
+
+
+def _features(samples: Sequence[Sample | Shot], shots: Sequence[Shot], extract: Callable) -> tuple[Tensor, Tensor]:
+    """Features of the windows around the masks, float64, of samples and of shots."""
+    side = window_side([shot.mask for shot in shots])
+    drawn, real = (extract([window(x.image, x.mask, side) for x in items]).double() for items in (samples, shots))
+    return drawn, real

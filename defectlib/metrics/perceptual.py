@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 BLOCK = 2**18
@@ -106,18 +107,29 @@ def ic_lpips(
         ``value``, ``clusters`` (their sizes before the cap, one a reference), ``capped`` (was anything drawn at
         random), and ``why_withheld`` where no cluster has two images.
     """
-    nearest = lpips_to_nearest(embeddings_generated, embeddings_references)[1].numpy()
-    found = {"clusters": np.bincount(nearest, minlength=len(embeddings_references)).tolist()}
-    found["capped"] = max(found["clusters"]) > protocol.cap
+    places, sizes = clusters(embeddings_generated, embeddings_references, protocol, seed)
+    found = {"clusters": sizes, "capped": max(sizes) > protocol.cap}
     scores = []
-    for k in range(len(embeddings_references)):
-        members = np.flatnonzero(nearest == k)
-        if len(members) > protocol.cap:
-            members = np.sort(np.random.default_rng([seed, k]).choice(members, protocol.cap, replace=False))
+    for members in places:
         if len(members) >= 2:
             scores.append(mean_pairwise(embeddings_generated[torch.from_numpy(members)]))
         elif protocol.singles == "zero":
             scores.append(0.0)
-    if max(found["clusters"]) < 2:
+    if max(sizes) < 2:
         return found | {"value": None, "why_withheld": "IC-LPIPS: no cluster has two images"}
     return found | {"value": float(np.mean(scores))}
+
+
+def clusters(
+    embeddings_generated: Tensor, embeddings_references: Tensor, protocol: Protocol, seed: int = 0
+) -> tuple[list[NDArray], list[int]]:
+    """Each reference's images: their places, at most ``protocol.cap`` drawn by ``seed``; and sizes before."""
+    nearest = lpips_to_nearest(embeddings_generated, embeddings_references)[1].numpy()
+    found = [np.flatnonzero(nearest == k) for k in range(len(embeddings_references))]
+    kept = [
+        np.sort(np.random.default_rng([seed, k]).choice(own, protocol.cap, replace=False))
+        if len(own) > protocol.cap
+        else own
+        for k, own in enumerate(found)
+    ]
+    return kept, [len(own) for own in found]

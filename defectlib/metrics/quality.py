@@ -1,7 +1,8 @@
-"""Quality of generated images: KID, IS, LPIPS to the nearest real image, and IC-LPIPS.
+"""Quality of generated images: KID, IS, precision to coverage, LPIPS to the nearest real image, and IC-LPIPS.
 
-Each is a pure function from features to a number, through torch-fidelity's and lpips' own arithmetic; :func:`evaluate`
-extracts the features once and returns rows with the protocol beside each number.
+Each is a pure function from features to a number; KID, IS and LPIPS go through torch-fidelity's and lpips' own
+arithmetic. :func:`evaluate` extracts the features once and returns rows with the protocol and the interval beside each
+number.
 
 With 5 to 30 real images these numbers move a lot. KID is unbiased, may be negative, and is never clipped. Where a set
 is too small for a number to mean anything the number is withheld (None) and the reason stands in its protocol.
@@ -10,7 +11,7 @@ is too small for a number to mean anything the number is withheld (None) and the
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,9 +19,10 @@ import pandas as pd
 from torch import Tensor
 
 from defectlib import images
+from defectlib.metrics import bootstrap, neighbours
 from defectlib.metrics import features as extractors
 from defectlib.metrics.features import metric_name
-from defectlib.metrics.perceptual import PROTOCOLS, Protocol, ic_lpips, lpips_to_nearest, vectors
+from defectlib.metrics.perceptual import PROTOCOLS, Protocol, clusters, ic_lpips, lpips_to_nearest, vectors
 
 MINIMUM = 4
 IS_SPLITS = 10
@@ -135,7 +137,7 @@ def evaluate(
     subsets: int = 100,
     batch_size: int = 32,
 ) -> list[dict[str, Any]]:
-    """KID, IS, LPIPS to the nearest real and IC-LPIPS of one defect's samples.
+    """KID, IS, precision, recall, density, coverage, LPIPS to the nearest real and IC-LPIPS of one defect's samples.
 
     Images go through 8 bits once, as files would; each is passed through each network once. The result depends on the
     sets of images, not on their order.
@@ -154,8 +156,9 @@ def evaluate(
 
     Returns:
         Rows ``{"metric": "tiny-kid", "value", "sd", "protocol"}``. ``protocol["sd_over"]`` says what ``sd`` is over:
-        "seeds", "samples" (LPIPS), or None where nothing is random. A withheld value is None, its reason
-        ``why_withheld``.
+        "seeds", "samples" (LPIPS), or None where nothing is random. ``protocol["ci95"]`` is the interval of a bootstrap
+        over the images that ``protocol["ci95_over"]`` names, see ``metrics.bootstrap``. A withheld value is None, its
+        reason ``why_withheld``.
 
     Raises:
         ValueError: An unknown name, an empty set, or an image of another range or type.
@@ -183,7 +186,8 @@ def evaluate(
 
 def names(extractor: str, perceptual: str) -> list[str]:
     """The metrics that :func:`evaluate` returns, in order."""
-    pairs = [(extractor, "kid"), (extractor, "is"), (perceptual, "lpips"), (perceptual, "ic-lpips")]
+    pairs = [(extractor, kind) for kind in ("kid", "is", *neighbours.NAMES)]
+    pairs += [(perceptual, "lpips"), (perceptual, "ic-lpips")]
     return [metric_name(network, kind) for network, kind in pairs]
 
 
@@ -192,15 +196,27 @@ def _content(picture: Tensor) -> bytes:
     return hashlib.sha256(images.to_uint8(picture).tobytes()).digest()
 
 
-def _row(name: str, runs: Sequence[dict[str, Any]], protocol: dict[str, Any], is_random: bool) -> dict[str, Any]:
-    """One metric from its results over seeds; their spread is the ``sd`` where something is random."""
+def _row(
+    name: str,
+    runs: Sequence[dict[str, Any]],
+    protocol: dict[str, Any],
+    is_random: bool,
+    interval: Callable[[float], tuple[float, float]],
+    over: str = "samples",
+) -> dict[str, Any]:
+    """One metric from its results over seeds; their spread is the ``sd`` where something is random.
+
+    ``interval`` gives the bounds around the value if other images had been there: those that ``over`` names.
+    """
     values = [run["value"] for run in runs]
     rest = {k: v for k, v in runs[0].items() if k not in ("value", "sd")}
     if None in values:
         return {"metric": name, "value": None, "sd": None, "protocol": {**protocol, **rest, "sd_over": None}}
+    value = float(np.mean(values))
     sd = float(np.std(values, ddof=1)) if is_random and len(values) > 1 else None
     shown = {**protocol, **rest, "sd_over": "seeds" if sd is not None else None}
-    return {"metric": name, "value": float(np.mean(values)), "sd": sd, "protocol": shown}
+    shown |= {"ci95": list(interval(value)), "ci95_over": over}
+    return {"metric": name, "value": value, "sd": sd, "protocol": shown}
 
 
 def _distribution_rows(
@@ -212,7 +228,7 @@ def _distribution_rows(
     subsets: int,
     batch_size: int,
 ) -> list[dict[str, Any]]:
-    """KID and IS."""
+    """KID, IS, precision, recall, density and coverage."""
     features, logits = extract.both(generated, batch_size)
     features_real = extract(real, batch_size)
     shared = {
@@ -222,10 +238,44 @@ def _distribution_rows(
     # A subset as large as both sets is both sets: nothing is drawn.
     drawn = kids[0]["subset_size"] < max(len(real), len(generated))
     scores = [inception_score(logits, seed=seed) for seed in sets["seeds"]]
+    taken_real, taken = bootstrap.counts(len(real), 0), bootstrap.counts(len(generated), 1)
+    rows = [
+        _row(
+            metric_name(extract.name, "kid"), kids, {**shared, "kernel": "polynomial, degree 3, unbiased"}, drawn,
+            lambda value: bootstrap.interval(value, bootstrap.kid(features_real, features, taken_real, taken)),
+            "samples and real images",
+        ),
+        _row(
+            metric_name(extract.name, "is"), scores, {**shared, "classes": logits.shape[1]}, scores[0]["splits"] > 1,
+            lambda value: bootstrap.interval(value, bootstrap.inception_score(logits, taken)),
+        ),
+    ]  # fmt: skip
+    return rows + _neighbour_rows(features_real, features, shared, extract.name)
+
+
+def _neighbour_rows(real: Tensor, generated: Tensor, shared: dict[str, Any], extractor: str) -> list[dict[str, Any]]:
+    """Precision, recall, density and coverage; withheld below ``neighbours.LEAST`` images a side."""
+    about = {**shared, "neighbour": neighbours.K}
+    if min(len(real), len(generated)) < neighbours.LEAST:
+        why = f"{len(real)} real and {len(generated)} generated images; at least {neighbours.LEAST} of each"
+        told = {**about, "why_withheld": why, "sd_over": None}
+        return [
+            {"metric": metric_name(extractor, name), "value": None, "sd": None, "protocol": told}
+            for name in neighbours.NAMES
+        ]
+    found = neighbours.values(real, generated)
+    taken = bootstrap.counts(len(generated), 0)
+    intervals = {name: lambda value, own=found[name]: bootstrap.of_share(own) for name in found} | {
+        "density": lambda value: bootstrap.interval(value, bootstrap.mean(found["density"], taken))
+    }
+    tell = {"coverage": {"of_real_itself": neighbours.expected_coverage(len(real), len(generated))}}
     return [
-        _row(metric_name(extract.name, "kid"), kids, {**shared, "kernel": "polynomial, degree 3, unbiased"}, drawn),
-        _row(metric_name(extract.name, "is"), scores, {**shared, "classes": logits.shape[1]}, scores[0]["splits"] > 1),
-    ]
+        _row(
+            metric_name(extractor, name), [{"value": own.mean().item()}], about | tell.get(name, {}), False,
+            intervals[name], neighbours.OVER[name],
+        )
+        for name, own in found.items()
+    ]  # fmt: skip
 
 
 def _perceptual_rows(
@@ -243,19 +293,29 @@ def _perceptual_rows(
     around_real = trunk.embed(real, size, batch_size)
     around = around_real if protocol.references == "real" else trunk.embed(refs, size, batch_size)
     nearest = lpips_to_nearest(drawn, around_real)[0].double()
+    taken = bootstrap.counts(len(generated), 0)
     shared = {
         "extractor": trunk.name, "weights_sha256": trunk.weights_sha256,
         "resize": f"{images.IMAGE_FILTER} to {size} px", **sets,
     }  # fmt: skip
+    mean, several = nearest.mean().item(), len(nearest) > 1
+    about = {**shared, "distance_to": "nearest real image", "sd_over": "samples" if several else None}
+    if len(nearest) >= MINIMUM:
+        about |= {"ci95": list(bootstrap.interval(mean, bootstrap.mean(nearest, taken))), "ci95_over": "samples"}
     lpips = {
-        "metric": metric_name(trunk.name, "lpips"),
-        "value": nearest.mean().item(),
-        "sd": nearest.std().item() if len(nearest) > 1 else None,
-        "protocol": {**shared, "distance_to": "nearest real image", "sd_over": "samples" if len(nearest) > 1 else None},
-    }
+        "metric": metric_name(trunk.name, "lpips"), "value": mean, "sd": nearest.std().item() if several else None,
+        "protocol": about,
+    }  # fmt: skip
     clustered = [ic_lpips(drawn, around, protocol, seed) for seed in sets["seeds"]]
     about = {
         **shared, "protocol": protocol.name, "protocol_trunk": protocol.trunk, "cap": protocol.cap,
         "singles": protocol.singles, "references": protocol.references, "n_references": len(around),
     }  # fmt: skip
-    return [lpips, _row(metric_name(trunk.name, "ic-lpips"), clustered, about, clustered[0]["capped"])]
+    places = clusters(drawn, around, protocol, sets["seeds"][0])[0]
+    return [
+        lpips,
+        _row(
+            metric_name(trunk.name, "ic-lpips"), clustered, about, clustered[0]["capped"],
+            lambda value: bootstrap.interval(value, bootstrap.ic_lpips(drawn, places, protocol, taken)),
+        ),
+    ]  # fmt: skip

@@ -99,6 +99,7 @@ PERCENT = frozenset({
 HIGHER_IS_BETTER = {
     **dict.fromkeys(sorted(PERCENT), True),
     "kid": False, "is": True, "lpips": True, "ic-lpips": True, "mask_iou": True,
+    **dict.fromkeys(("precision", "recall", "density", "coverage"), True), "shot-distance": None,
     "ap_gain": True, "iap_gain": True, "iap90_gain": True,
     "fit_s": False, "train_stage1_h": False, "train_stage2_h": False, "train_total_h": False,
     "pairs_per_second": True, "seconds_per_image": False,
@@ -114,7 +115,7 @@ UNITS = {
 
 def kind(metric: str) -> str:
     """A metric's name without its extractor: "tiny-kid" -> "kid", "vgg-ic-lpips" -> "ic-lpips", "f1_macro" as it is."""
-    for name in ("ic-lpips", "lpips", "kid", "is"):
+    for name in ("ic-lpips", "lpips", "kid", "is", "precision", "recall", "density", "coverage", "shot-distance"):
         if metric == name or metric.endswith(f"-{name}"):
             return name
     return metric

@@ -19,10 +19,11 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullLocator
 
-from defectlib import paths
+from defectlib import paths, published
 from defectlib.report import layout
 from defectlib.report import sheet as sheets
 from defectlib.report.sheet import Picture
+from defectlib.report.tables import scale
 
 STYLE = Path(__file__).with_name("style.mplstyle")
 REFERENCE = "shots_only"
@@ -134,6 +135,46 @@ def compare(frame: pd.DataFrame) -> Figure:
     axes.set_xlabel("mean ± sd over seeds" + ("" if table else "; dots are single seeds"))
     handles, labels = _legend_entries(methods, colours)
     figure.legend(handles, labels, loc="outside upper left", ncols=min(4, len(methods)))
+    return _settled(figure)
+
+
+@_styled
+def intervals(frame: pd.DataFrame, columns: int = 4) -> Figure:
+    """A panel a metric, a row a defect, a colour a method: the value with its interval, the single seeds as dots.
+
+    Args:
+        frame: Columns metric, defect, method, value, low, high, as stored; one row a seed. NaN is left out.
+        columns: Panels beside each other.
+
+    Raises:
+        ValueError: No number to show.
+    """
+    frame = frame[frame["value"].notna()]
+    if frame.empty:
+        raise ValueError("there is no number to show: run the stage first")
+    metrics, defects, methods = (_ordered(frame[name]) for name in ("metric", "defect", "method"))
+    colours, step = _colours(methods), 0.8 / len(methods)
+    lines = -(-len(metrics) // columns)
+    height = 0.55 + 0.13 * len(methods) * len(defects)
+    figure = Picture(figsize=(7.2, 0.4 + lines * height), layout="constrained")
+    panels = figure.subplots(lines, columns, sharey=True, squeeze=False)
+    for axes, metric in zip(panels.flat, metrics):
+        for (defect, method), some in frame[frame["metric"] == metric].groupby(["defect", "method"], sort=False):
+            y = defects.index(defect) + (methods.index(method) - (len(methods) - 1) / 2) * step
+            some = some[["value", "low", "high"]] * scale(published.kind(metric))
+            mean = some.mean()
+            axes.plot([mean["low"], mean["high"]], [y, y], color=colours[method], linewidth=1.4)
+            axes.plot(some["value"], [y] * len(some), "o", color=colours[method], markersize=3.5, markeredgewidth=0)
+        axes.set_title(layout.metric_title(metric), fontsize=8)
+        axes.tick_params(axis="x", labelsize=7)
+        axes.locator_params(axis="x", nbins=4)
+        axes.grid(axis="y", visible=False)
+    panels[0, 0].set_yticks(range(len(defects)), defects)
+    panels[0, 0].set_ylim(len(defects) - 0.5, -0.5)
+    for axes in panels.flat[len(metrics) :]:
+        axes.set_visible(False)
+    handles, labels = _legend_entries(methods, colours)
+    figure.legend(handles, labels, loc="outside upper left", ncols=min(5, len(methods)))
     return _settled(figure)
 
 

@@ -31,7 +31,8 @@ METRIC_TITLES = {
     "image_f1_50": "Image F1 at 0.5, %", "image_f1_max": "Image F1 max, %", "pixel_auroc": "Pixel AUROC, %",
     "pixel_ap": "Pixel AP, %", "pixel_f1": "Pixel F1, %", "pixel_f1_50": "Pixel F1 at 0.5, %",
     "pixel_f1_max": "Pixel F1 max, %", "pro": "PRO, %", "iap": "IAP, %", "iap90": "IAP90, %",
-    "mask_iou": "Mask IoU", "mask_seen": "Mask on defect, IoU",
+    "precision": "Precision", "recall": "Recall", "density": "Density", "coverage": "Coverage",
+    "shot-distance": "Distance to shots, relative", "mask_iou": "Mask IoU", "mask_seen": "Mask on defect, IoU",
     "fit_s": "Fit, s", "train_stage1_h": "Stage 1, h",
     "train_stage2_h": "Stage 2, h", "train_total_h": "Training, h", "pairs_per_second": "Pairs a second",
     "seconds_per_image": "Seconds an image", "masks_stage1_min": "Masks, fewest", "masks_stage1_max": "Masks, most",
@@ -45,7 +46,10 @@ TEXTS = {CLAIM: "text", "Who": "words", "Against": "words", WHY + "decided": "wo
 # LaTeX: a column specification of as many letters, widths included, is wider than a page.
 WIDE = 18
 ARROWS = {True: " ↑", False: " ↓", None: ""}
-DIGITS = {"kid": 1, "is": 2, "lpips": 3, "ic-lpips": 3, "mask_iou": 2, "mask_seen": 2}
+DIGITS = {
+    "kid": 1, "is": 2, "lpips": 3, "ic-lpips": 3, "precision": 2, "recall": 2, "density": 2, "coverage": 2,
+    "shot-distance": 2, "mask_iou": 2, "mask_seen": 2,
+}  # fmt: skip
 LATEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "×": r"$\times$", "³": r"$^3$",

@@ -74,3 +74,19 @@ def test_nothing_to_compare_and_mixed_defects_are_refused():
         nearest.nearest_shots([], [one], mean_colour)
     with pytest.raises(ValueError, match="got scratch, spot"):
         nearest.nearest_shots([one], [shot(0.5, square(4, 4, 8), "scratch")], mean_colour)
+
+
+def test_shot_distance_by_hand():
+    """Colours 0, 0.3 and 0.9 (shots): the distances to the next are 0.3, 0.3 and 0.6, in the median 0.3."""
+    shots = [shot(value, square(4, 4, 8)) for value in (0.0, 0.3, 0.9)]
+    samples = [sample(value, square(20, 12, 8)) for value in (0.3, 0.45, 0.9 - 0.3)]
+    apart, between = nearest.shot_distance(samples, shots, mean_colour)
+    assert between == pytest.approx(0.3 * 3**0.5) and apart.tolist() == pytest.approx([0, 0.5, 1], abs=1e-6)
+
+
+def test_shot_distance_needs_shots_that_differ():
+    one = shot(0.2, square(4, 4, 8))
+    with pytest.raises(ValueError, match="1 samples and 1 shots"):
+        nearest.shot_distance([sample(0.2, square(4, 4, 8))], [one], mean_colour)
+    with pytest.raises(ValueError, match="the shots of 'spot' look the same"):
+        nearest.shot_distance([sample(0.2, square(4, 4, 8))], [one, one], mean_colour)

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 from defectlib import images
 from defectlib.data import textures
-from defectlib.metrics import features, fidelity, perceptual, quality
+from defectlib.metrics import features, fidelity, neighbours, perceptual, quality
 
 SHOTS = perceptual.PROTOCOLS["anomalydiffusion"]
 
@@ -187,12 +187,17 @@ def test_registration_is_guarded():
 def test_evaluate_rows_and_protocols():
     drawn, real = one_class(15, 12, 1), one_class(15, 9, 2)
     rows = quality.evaluate(drawn, real, real[:3], seeds=[0, 1], subset_cap=6, subsets=4, perceptual="tiny")
-    assert [row["metric"] for row in rows] == ["tiny-kid", "tiny-is", "tiny-lpips", "tiny-ic-lpips"]
+    assert [row["metric"] for row in rows] == quality.names("tiny", "tiny") == [
+        "tiny-kid", "tiny-is", "tiny-precision", "tiny-recall", "tiny-density", "tiny-coverage",
+        "tiny-lpips", "tiny-ic-lpips",
+    ]  # fmt: skip
     assert all(isinstance(row["value"], float) for row in rows)
     for row in rows:
         about = row["protocol"]
         assert about["extractor"] == "tiny" and about["n_real"] == 9 and about["n_generated"] == 12
         assert about["seeds"] == [0, 1] and "bicubic" in about["resize"] and about["image_size"] == 64
+        low, high = about["ci95"]
+        assert low < high and low <= row["value"] <= high
         json.dumps(about)
     by_name = {row["metric"]: row for row in rows}
     assert by_name["tiny-kid"]["protocol"]["subset_size"] == 6 and by_name["tiny-kid"]["sd"] > 0
@@ -200,6 +205,9 @@ def test_evaluate_rows_and_protocols():
     clustered = by_name["tiny-ic-lpips"]["protocol"]
     assert clustered["protocol"] == "anomalydiffusion" and clustered["protocol_trunk"] == "vgg"
     assert sum(clustered["clusters"]) == 12 and clustered["n_references"] == 3
+    assert by_name["tiny-kid"]["protocol"]["ci95_over"] == "samples and real images"
+    assert by_name["tiny-coverage"]["protocol"]["ci95_over"] == "real images"
+    assert by_name["tiny-coverage"]["protocol"]["of_real_itself"] == neighbours.expected_coverage(9, 12)
 
 
 def test_evaluate_does_not_depend_on_order_or_batch():
@@ -209,6 +217,7 @@ def test_evaluate_does_not_depend_on_order_or_batch():
     second = quality.evaluate(drawn[::-1], real[::-1], real[:2][::-1], batch_size=5, **arguments)
     for one, two in zip(first, second):
         assert one["value"] == pytest.approx(two["value"], abs=1e-5)
+        assert one["protocol"]["ci95"] == pytest.approx(two["protocol"]["ci95"], abs=1e-5)
         assert one["metric"] == two["metric"]
 
 
@@ -234,7 +243,8 @@ def test_evaluate_withholds_with_a_reason():
     rows = {row["metric"]: row for row in quality.evaluate(few, few, few, perceptual="tiny")}
     for name in ("tiny-kid", "tiny-is", "tiny-ic-lpips"):
         assert rows[name]["value"] is None and rows[name]["sd"] is None and rows[name]["protocol"]["why_withheld"]
-    assert rows["tiny-lpips"]["value"] == 0.0
+    assert rows["tiny-lpips"]["value"] == 0.0 and "ci95" not in rows["tiny-lpips"]["protocol"]
+    assert "2 real and 2 generated images; at least 8" in rows["tiny-recall"]["protocol"]["why_withheld"]
 
 
 def test_dfmgan_clusters_around_all_real():

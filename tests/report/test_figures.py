@@ -196,6 +196,22 @@ def test_compare_without_numbers():
         figures.compare(scores().assign(value=np.nan))
 
 
+def test_intervals_have_a_panel_a_metric_and_the_tables_units():
+    rows = [(m, d, w, 0.5, 0.4, 0.7) for m in ("tiny-kid", "tiny-recall") for d in ("crack", "oil") for w in ("a", "b")]
+    frame = pd.DataFrame(rows, columns=["metric", "defect", "method", "value", "low", "high"])
+    more = frame.assign(value=0.7, low=0.6, high=0.9)
+    panels = [axes for axes in figures.intervals(pd.concat([frame, more])).axes if axes.get_visible()]
+    assert [axes.get_title(loc="left") for axes in panels] == ["KID ×10³ (tiny) ↓", "Recall (tiny) ↑"]
+    for axes, unit in zip(panels, (1000, 1)):
+        bars, dots = axes.lines[::2], axes.lines[1::2]
+        assert len(bars) == len(dots) == 4
+        assert list(bars[0].get_xdata()) == pytest.approx([0.5 * unit, 0.8 * unit])
+        assert list(dots[0].get_xdata()) == pytest.approx([0.5 * unit, 0.7 * unit])
+        assert len({bar.get_ydata()[0] for bar in bars}) == 4
+    with pytest.raises(ValueError, match="no number to show"):
+        figures.intervals(frame.assign(value=np.nan))
+
+
 def test_confusion_counts_and_shapes():
     axes = figures.confusion(np.array([[3, 1], [0, 4]]), ["crack", "stain"]).axes[0]
     assert [t.get_text() for t in axes.texts] == ["3", "1", "0", "4"]
