@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import resource
 import socket
 import subprocess
 import sys
@@ -52,11 +53,6 @@ class Job:
     notebook: str
     parameters: Parameters
     needs: tuple[str, ...]
-
-
-def receipts(parameters: Parameters) -> Path:
-    """Where executed notebooks and their receipts lie."""
-    return parameters.dataset_folder() / "notebooks"
 
 
 def jobs(parameters: Parameters, categories: list[str], grouping: str = "category") -> dict[str, Job]:
@@ -225,7 +221,7 @@ def run_job(job: Job) -> Path:
     """Execute a job, check what it promised, and write its receipt; returns the receipt."""
     watch_coordinator()
     read = made_from(job.parameters)
-    folder = receipts(job.parameters)
+    folder = job.parameters.notebooks_folder()
     executed = folder / f"{job.name}.ipynb"
     clock = time.perf_counter()
     execute(paths.NOTEBOOKS / f"{job.notebook}.ipynb", executed, job.parameters)
@@ -237,6 +233,7 @@ def run_job(job: Job) -> Path:
     content = {
         "job": job.name, "parameters": job.parameters.model_dump(exclude_none=True), "stage_files": promised,
         "made_from": read, "wall_s": round(time.perf_counter() - clock, 1), "git": runs.git_state()[0],
+        "peak_memory_mb": runs.peak_memory_mb(resource.RUSAGE_CHILDREN), "device": runs.device_name(),
     }  # fmt: skip
     paths.write_text(receipt, json.dumps(content, indent=1))
     return receipt
@@ -265,7 +262,7 @@ def withdraw_stale_receipts(graph: dict[str, Job]) -> list[str]:
     """
     stale = []
     for job in graph.values():
-        receipt = receipts(job.parameters) / f"{job.name}.json"
+        receipt = job.parameters.notebooks_folder() / f"{job.name}.json"
         if not receipt.is_file():
             continue
         content = json.loads(receipt.read_text())
@@ -282,7 +279,7 @@ def finished(graph: dict[str, Job]) -> list[str]:
     """The names of the jobs that Snakemake would not repeat: their receipts are newer than what they were made from."""
     times: dict[str, int] = {}
     for job in graph.values():  # each stands after those it needs
-        receipt, text = receipts(job.parameters) / f"{job.name}.json", paths.NOTEBOOKS / f"{job.notebook}.py"
+        receipt, text = job.parameters.notebooks_folder() / f"{job.name}.json", paths.NOTEBOOKS / f"{job.notebook}.py"
         if receipt.is_file() and all(need in times for need in job.needs):
             made = receipt.stat().st_mtime_ns
             if made >= max([text.stat().st_mtime_ns, *(times[need] for need in job.needs)]):
@@ -292,7 +289,7 @@ def finished(graph: dict[str, Job]) -> list[str]:
 
 def progress(graph: dict[str, Job], name: str) -> str:
     """The line that a finished job shows: how many are finished, its name and its seconds."""
-    receipt = receipts(graph[name].parameters) / f"{name}.json"
+    receipt = graph[name].parameters.notebooks_folder() / f"{name}.json"
     return f"[{len(finished(graph))}/{len(graph)}] {name} … {json.loads(receipt.read_text())['wall_s']:.0f} s"
 
 

@@ -201,6 +201,10 @@ class Parameters(Strict):
         name = self.profile_name if own else f"{self.profile_name}+{settings.data.split}"
         return Path(self.runs_root or paths.RUNS) / name / self.dataset
 
+    def notebooks_folder(self) -> Path:
+        """Where executed notebooks and their receipts lie."""
+        return self.dataset_folder() / "notebooks"
+
     def figures_folder(self) -> Path:
         """Where notebooks draw and the report writes: beside the runs, unless told otherwise.
 

@@ -42,7 +42,8 @@ PACKAGES = (
 )  # fmt: skip
 COLUMNS = (
     "profile", "split", "dataset", "category", "method", "seed", "stage", "defect", "metric", "value", "sd", "protocol",
-    "extractor", "n_real", "n_generated", "git_sha", "dirty", "wall_s", "device", "path",
+    "extractor", "n_real", "n_generated", "git_sha", "dirty", "wall_s", "peak_memory_mb", "device",
+    "path",
 )  # fmt: skip
 
 
@@ -191,14 +192,18 @@ def _forget_peak_memory() -> None:
         torch.cuda.reset_peak_memory_stats()
 
 
-def peak_memory_mb() -> int:
-    """Peak memory: on the GPU where there is one, of this stage; else what this process held at most so far."""
+def peak_memory_mb(of: int = resource.RUSAGE_SELF) -> int:
+    """Peak memory: on the GPU where there is one, of this stage; else what this process held at most so far.
+
+    Args:
+        of: ``resource.RUSAGE_CHILDREN`` asks for the largest child that has ended, in the machine's memory.
+    """
     import torch
 
-    if torch.cuda.is_available():
+    if of == resource.RUSAGE_SELF and torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() // 2**20
     unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit // 2**20
+    return resource.getrusage(of).ru_maxrss * unit // 2**20
 
 
 def collect(root: Path | str | None = None, profile: str | None = None, dataset: str | None = None) -> pd.DataFrame:
@@ -227,7 +232,7 @@ def collect(root: Path | str | None = None, profile: str | None = None, dataset:
                 "n_generated": protocol.get("n_generated"), "path": os.path.relpath(file, root),
             })  # fmt: skip
     frame = pd.DataFrame(rows, columns=list(COLUMNS))
-    numeric = ["value", "sd", "n_real", "n_generated", "wall_s"]
+    numeric = ["value", "sd", "n_real", "n_generated", "wall_s", "peak_memory_mb"]
     frame[numeric] = frame[numeric].apply(pd.to_numeric)
     return frame
 

@@ -105,7 +105,7 @@ def test_receipts_without_their_stage_files_are_withdrawn(tmp_path, monkeypatch)
     (stage,) = batch.stage_files(job)
     stage.parent.mkdir(parents=True)
     stage.write_text("{}")
-    receipt = batch.receipts(asked) / f"{job.name}.json"
+    receipt = asked.notebooks_folder() / f"{job.name}.json"
     monkeypatch.setattr(batch, "made_from", lambda parameters: "data and profile")
     content = {"parameters": job.parameters.model_dump(exclude_none=True), "stage_files": [str(stage)]}
     content["made_from"] = "data and profile"
@@ -141,7 +141,7 @@ def test_a_notebook_reads_the_profile_the_prompts_and_the_masks(tiny_mini, tiny_
 def test_finished_is_what_is_newer_than_all_it_was_made_from(tmp_path):
     graph = batch.jobs(Parameters(profile="smoke", runs_root=str(tmp_path)), ["nut"])
     chain = ["01_data", "05_training.nut", "06_generation.nut"]
-    files = [batch.receipts(graph[name].parameters) / f"{name}.json" for name in chain]
+    files = [graph[name].parameters.notebooks_folder() / f"{name}.json" for name in chain]
     assert batch.finished(graph) == []
     for file in files:
         paths.write_text(file, json.dumps({"wall_s": 12.4}))

@@ -13,6 +13,7 @@ from pandas.io.formats.style import Styler
 
 from defectlib import published
 from defectlib.report.specs import REASONS, codes
+from defectlib.runs import STAGES
 
 METHOD_TITLES = {name: title for title, name in published.METHODS.items()} | {
     "defectsynth_as_released": "DefectSynth, as released", "crop_paste_no_turns": "Crop-Paste, no turns",
@@ -138,8 +139,8 @@ def was_run(table: pd.DataFrame) -> pd.Series:
 
 def blocks(table: pd.DataFrame) -> list[Block]:
     """The pieces of a built table in reading order: what was run, then the published table."""
-    if table.attrs["name"] == "claims":
-        return _claim_blocks(table)
+    if (other := {"claims": _claim_blocks, "costs": _cost_blocks}.get(table.attrs["name"])) is not None:
+        return other(table)
     run = table[was_run(table)]
     found = [_run_block(run)] if len(run) else []
     return found + _published_blocks(table)
@@ -236,6 +237,43 @@ def _claim_cells(rows: pd.DataFrame) -> pd.DataFrame:
     else:
         columns |= {"Published": printed}
     return pd.DataFrame(columns | {WHY + "decided": rows["why"]})
+
+
+def _cost_blocks(table: pd.DataFrame) -> list[Block]:
+    """A row a method with its stages beside each other, and a row a notebook."""
+    methods, books = (table[table["of"] == kind] for kind in ("method", "notebook"))
+    found = []
+    if len(methods):
+        minutes = methods.pivot(index="name", columns="stage", values="minutes").fillna(0)
+        order = [name for name in METHOD_TITLES if name in minutes.index]
+        minutes = minutes.loc[[*order, *(name for name in minutes.index if name not in order)]]
+        whole = methods.groupby("name").agg(
+            runs=("runs", "max"), total=("minutes_in_all", "sum"), peak=("peak_gb", "max"), device=("device", "first")
+        ).loc[minutes.index]  # fmt: skip
+        cells = pd.DataFrame({
+            "Method": [method_title(name) for name in minutes.index],
+            **{f"{stage}, min": [_minutes(v) for v in minutes[stage]] for stage in STAGES if stage in minutes},
+            "Runs": whole["runs"].map(str), "In all, min": whole["total"].map(_minutes),
+            "Peak memory, GB": whole["peak"].map(_gigabytes), "Device": whole["device"],
+        })  # fmt: skip
+        found.append(Block("By method, a run", cells, 1, False))
+    if len(books):
+        cells = pd.DataFrame({
+            "Notebook": books["name"], "Times": books["runs"].map(str), "Each, min": books["minutes"].map(_minutes),
+            "In all, min": books["minutes_in_all"].map(_minutes), "Peak memory, GB": books["peak_gb"].map(_gigabytes),
+            "Device": books["device"],
+        })  # fmt: skip
+        found.append(Block("By notebook", cells, 1, False))
+    return found
+
+
+def _minutes(value: float) -> str:
+    """Minutes with a digit that shows; "" for none."""
+    return "" if value == 0 else f"{value:.1f}" if value >= 0.1 else f"{value:.2f}"
+
+
+def _gigabytes(value: float) -> str:
+    return "" if pd.isna(value) else f"{value:.1f}"
 
 
 def _interval_text(row) -> str:

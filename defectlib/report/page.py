@@ -33,6 +33,7 @@ def write_page(
     figures: Mapping[str, str],
     runs_root: Path | str | None = None,
     claims: pd.DataFrame | None = None,
+    costs: pd.DataFrame | None = None,
 ) -> Path:
     """Write ``folder/report.html`` and return its path.
 
@@ -43,6 +44,7 @@ def write_page(
         figures: Stem -> caption of the PNG files in ``folder`` to show, in order; others that lie there are not shown.
         runs_root: The runs folder; given, the run stamps also show the package versions from the stage files.
         claims: What ``claims.judge`` said of the results.
+        costs: What ``costs.build`` said of the results.
 
     Raises:
         FileNotFoundError: A picture or a stage file that is named does not exist.
@@ -56,11 +58,12 @@ def write_page(
         _state(results),
         "</header><main>",
         *[_picture(path, text) for path, text in pictures[:1]],
-        _contents(tables, pictures, claims),
+        _contents(tables, pictures, claims, costs),
         f'<p class="note">{READING}</p>',
         '<h2 id="tables">Tables</h2>',
         *[_table(table) for table in tables.values()],
         *([_claims(claims)] if claims is not None else []),
+        *([_costs(costs)] if costs is not None else []),
     ]
     if pictures[1:]:
         parts += ['<h2 id="pictures">Pictures</h2>', *[_picture(path, text) for path, text in pictures[1:]]]
@@ -126,7 +129,9 @@ def _state(results: pd.DataFrame) -> str:
     return f'<ul class="state">{"".join(cells)}</ul>'
 
 
-def _contents(tables: Mapping[str, pd.DataFrame], pictures: list, claims: pd.DataFrame | None) -> str:
+def _contents(
+    tables: Mapping[str, pd.DataFrame], pictures: list, claims: pd.DataFrame | None, costs: pd.DataFrame | None
+) -> str:
     rows = []
     for table in tables.values():
         made = int(table["reproduced"].notna().sum())
@@ -135,6 +140,8 @@ def _contents(tables: Mapping[str, pd.DataFrame], pictures: list, claims: pd.Dat
     if claims is not None:
         tested = _count(int((claims["cells"] > 0).sum()), "comparison", "comparisons")
         rows.append((claims.attrs["name"], claims.attrs["title"].rstrip("."), f"{tested} tested here"))
+    if costs is not None:
+        rows.append((costs.attrs["name"], costs.attrs["title"].rstrip("."), ""))
     if pictures[1:]:
         rows.append(("pictures", "Pictures", str(len(pictures) - 1)))
     rows.append(("runs", "Runs: device, code, time", ""))
@@ -180,6 +187,12 @@ def _claims(table: pd.DataFrame) -> str:
     if rest:
         parts.append(f"<details><summary>Claims not tested here</summary>{_html(pieces[-1])}</details>")
     return "\n".join([*parts, "</section>"])
+
+
+def _costs(table: pd.DataFrame) -> str:
+    blocks = "".join(f"<h4>{escape(block.title)}</h4>{_html(block)}" for block in layout.blocks(table))
+    title, name = escape(table.attrs["title"].rstrip(".")), escape(table.attrs["name"])
+    return f'<section><h3 id="{name}">{title}</h3><p class="note">{escape(table.attrs["note"])}</p>{blocks}</section>'
 
 
 def _open(table: pd.DataFrame) -> str:
