@@ -1,11 +1,10 @@
 """Does a test set hold what was trained on? Of a run of ours, or of anybody's lists of files.
 
 Three looks, from the surest to the one that must be looked at: the same bytes, the same picture (however it was
-stored, exposed or shifted a little), and the same name. Pictures are compared by their fine structure: band-passed,
-brought to one local contrast, without what all of them share (the camera's and the lamp's fixed pattern), correlated
-over small shifts. Of the magnetic tile set, which shows each
-tile under up to six exposures and says nowhere which belong together, it finds nearly all repeats (``tests/test_leaks``
-holds nine in ten), and some pairs of different tiles too: a likeness is a reason to look, not a proof.
+stored, exposed or shifted a little), and the same name. Pictures are compared by their fine structure, see
+``data.likeness``. Of the magnetic tile set, which shows each tile under up to six exposures and says nowhere which
+belong together, it finds nearly all repeats (``tests/test_leaks`` holds nine in ten), and some pairs of different tiles
+too: a likeness is a reason to look, not a proof.
 """
 
 from __future__ import annotations
@@ -17,52 +16,19 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 from PIL import Image
-from scipy.ndimage import gaussian_filter
 
 from defectlib import images, paths, sampling
 from defectlib.data import layouts
+from defectlib.data.likeness import likeness, structure
 from defectlib.data.readers import IMAGE_SUFFIXES
 
 LIKENESS = 0.7
 """Correlation from which two pictures are reported as near-duplicates."""
 COPY = 0.95
 """Correlation from which a drawn picture is reported as a copy of a shot."""
-SIDE, SHIFT = 64, 4
-"""Pictures are compared at SIDE x SIDE, over shifts of up to SHIFT px each way."""
 BYTES, PICTURE, NAME, SAMPLE = "same bytes", "same picture", "same name", "sample copies a shot"
 COLUMNS = ["found", "train", "test", "likeness"]
-
-
-def structure(picture: Image.Image) -> NDArray[np.float32]:
-    """The fine structure of a picture, float32 (SIDE, SIDE), of zero mean."""
-    grey = np.asarray(picture.convert("L").resize((SIDE, SIDE), Image.Resampling.BOX), dtype=np.float32)
-    band = gaussian_filter(grey, 1) - gaussian_filter(grey, 6)
-    band /= np.sqrt(gaussian_filter(band**2, 8)) + 1.0  # a grey level of contrast: flat areas stay flat
-    return band - band.mean()
-
-
-def likeness(first: NDArray, second: NDArray) -> NDArray[np.float32]:
-    """The largest correlation of every structure of one list (n, SIDE, SIDE) with every one of another (m, ...).
-
-    What all of them share is taken out first, if there are enough to tell it (eight or more).
-
-    Returns:
-        (n, m), in [-1, 1]; 0 where a picture has no structure.
-    """
-    both = np.concatenate([first, second])
-    if len(both) >= 8:
-        both = both - both.mean(0)
-    size = np.linalg.norm(both.reshape(len(both), -1), axis=1)
-    both = (both / np.maximum(size, 1e-6)[:, None, None]).astype(np.float32)
-    one, other = both[: len(first)], both[len(first) :]
-    flat, best = one.reshape(len(one), -1), np.full((len(one), len(other)), -1.0, np.float32)
-    for dy in range(-SHIFT, SHIFT + 1):
-        for dx in range(-SHIFT, SHIFT + 1):
-            moved = np.roll(other, (dy, dx), axis=(1, 2)).reshape(len(other), -1)
-            np.maximum(best, flat @ moved.T, out=best)
-    return best
 
 
 def between(train: Sequence[Path], test: Sequence[Path], least: float = LIKENESS) -> pd.DataFrame:

@@ -2,8 +2,10 @@
 
 import os
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from defectlib import backbone, params, paths
 from defectlib.data import mini
@@ -59,3 +61,18 @@ def shared():
     if not folder.is_dir():
         pytest.skip(f"no real data sets beside the checkout ({folder.name}/ is missing)")
     return folder
+
+
+@pytest.fixture(scope="session")
+def picture():
+    """Draws blobs of several sizes from a seed: pictures that are not alike."""
+
+    def draw(seed, side=96):
+        rng, values = np.random.default_rng(seed), np.zeros((side, side))
+        y, x = np.mgrid[:side, :side]
+        for _ in range(40):
+            cy, cx, r = rng.uniform(0, side), rng.uniform(0, side), rng.uniform(2, 9)
+            values += rng.choice([-1, 1]) * np.exp(-((y - cy) ** 2 + (x - cx) ** 2) / (2 * r**2))
+        return Image.fromarray(np.uint8(np.clip(128 + 50 * values, 0, 255)))
+
+    return draw

@@ -39,7 +39,7 @@ def by_exposure(table: pd.DataFrame, root: Path, threshold: int) -> pd.DataFrame
         images.mask_values(root / row.mask) > threshold if row.mask and row.defect != GOOD else None
         for row in table.itertuples()
     ]
-    return exposures.regroup(table, masks)
+    return exposures.regroup(table, masks, (images.open_pil(root / name) for name in table["image"]))
 
 
 def chosen_cracks(table: pd.DataFrame, root: Path, threshold: int) -> pd.DataFrame:

@@ -45,7 +45,7 @@ def test_notebooks_are_summed_over_categories(table):
 
 def test_a_row_a_method_with_its_stages_beside_each_other(table):
     methods, books = layout.blocks(table)
-    assert methods.cells.loc[:, "Method":"sample, min"].values.tolist() == [
+    assert methods.cells.loc[:, "Method":"Sample, min"].values.tolist() == [
         ["Crop-Paste", "0.02", ""], ["DefectSynth", "3.0", "0.5"],
     ]  # fmt: skip
     assert methods.cells["In all, min"].tolist() == ["0.02", "6.5"]
