@@ -89,12 +89,24 @@ class DownstreamSettings(Strict):
     localiser: TrainSettings
 
 
+class Keep(Strict):
+    """A filter: of each defect the best ``share`` of the samples is kept.
+
+    The best ``by`` "nearest_shot" are drawn most like a shot, by "mask_seen" those whose masks lie on what a localiser
+    of the shots finds. Neither looks at the test set.
+    """
+
+    share: float = Field(gt=0, lt=1)
+    by: Literal["nearest_shot", "mask_seen"]
+
+
 class Variant(Strict):
-    """A row of an ablation: a method with some fields changed, or with another source of masks.
+    """A row of an ablation: a method with some fields changed, or with another source of masks, or filtered.
 
     ``released`` starts from the values of the code that the paper's authors released. A variant has a fit of its own
     only where a field is changed that the fit reads. ``only = "objects"`` leaves it out where the surface fills the
-    frame, as DualAnoDiff's background compensation asks.
+    frame, as DualAnoDiff's background compensation asks. ``keep`` draws nothing: it keeps the better ones of the
+    samples that the method itself drew.
     """
 
     of: str
@@ -102,6 +114,13 @@ class Variant(Strict):
     config: dict[str, Any] = {}
     mask_source: MaskSourceName | None = None
     only: Literal["objects"] | None = None
+    keep: Keep | None = None
+
+    @model_validator(mode="after")
+    def _of_the_method_itself(self) -> Variant:
+        if self.keep and (self.released or self.config or self.mask_source):
+            raise ValueError("keep filters what the method drew: a variant with it changes nothing else")
+        return self
 
 
 class Grid(Strict):

@@ -29,10 +29,11 @@ import pandas as pd
 from defectlib import paths
 
 SCHEMA = 1
-STAGES = ("fit", "sample", "quality", "downstream")
+STAGES = ("fit", "sample", "filter", "quality", "downstream")
 ARTEFACTS = {
     "fit": ("model",),
     "sample": ("images", "masks", "parts", "samples.csv"),
+    "filter": ("images", "masks", "parts", "samples.csv"),
     "quality": (),
     "downstream": ("predictions",),
 }
@@ -85,7 +86,7 @@ class RunFolder:
             aside = self.path / "superseded" / f"{time.strftime('%Y%m%d-%H%M%S')}-{begun[:8]}"
             aside.mkdir(parents=True, exist_ok=True)
             # The last two are both made from the samples, and not from each other.
-            for later in [stage] if stage in STAGES[2:] else STAGES[STAGES.index(stage) :]:
+            for later in [stage] if stage in STAGES[3:] else STAGES[STAGES.index(stage) :]:
                 for name in (f"{later}.json", f".{later}.key", *ARTEFACTS[later]):
                     if (self.path / name).exists():
                         shutil.move(self.path / name, aside / name)

@@ -161,6 +161,16 @@ def load(folder: Path, defect: str | None = None, limit: int | None = None) -> l
     ]  # fmt: skip
 
 
+def copy(source: Path, target: Path, seeds: Sequence[int]) -> None:
+    """Copy the samples of these seeds from one run folder to another, whose ``samples.csv`` is written last."""
+    for file_of in (image_file, mask_file, part_file):
+        for seed in seeds:
+            if (file := file_of(source, seed)).is_file():
+                paths.write_bytes(file_of(target, seed), file.read_bytes())
+    report = pd.read_csv(source / "samples.csv", keep_default_na=False)
+    paths.write_text(target / "samples.csv", report[report["seed"].isin(seeds)].to_csv(index=False))
+
+
 def problems(report: pd.DataFrame) -> pd.DataFrame:
     """The samples that must not reach training unseen: a mask that is empty, full or flawed, or an unchanged inside."""
     bad = (report["area"] == 0) | (report["area"] == 1) | (report["change_inside"] == 0)

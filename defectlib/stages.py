@@ -11,6 +11,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Sequence
+from math import ceil
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,7 @@ from defectlib.metrics.features import metric_name
 from defectlib.runs import RunFolder
 from defectlib.study import SHOTS_ONLY, Study
 from defectlib.training import Curve, State, once
-from defectlib.types import Shot
+from defectlib.types import Sample, Shot
 
 SEEN = "mask_seen"
 # Below it the reader misses even most real defects, and what it says of drawn ones means nothing.
@@ -60,7 +61,12 @@ def fit(s: Study, method: str, seed: int) -> dict[str, Any]:
 
 
 def sample(s: Study, method: str, seed: int) -> dict[str, Any]:
-    """Draw ``n_per_defect`` samples of each defect, with a bar unless in a batch; the record of the stage."""
+    """Draw ``n_per_defect`` samples of each defect, with a bar unless in a batch; the record of the stage.
+
+    A variant that filters draws nothing: see :func:`keep`.
+    """
+    if s.keep(method):
+        return keep(s, method, seed)
     upstream = fit(s, method, seed)
     asked = s.settings.sample.model_dump(exclude={"n_of", "mask_source_of"})
     asked |= {"mask_source": s.mask_source_name(method), "n_per_defect": s.n_per_defect(method)}
@@ -118,6 +124,45 @@ def sample(s: Study, method: str, seed: int) -> dict[str, Any]:
         speed = {"pairs_per_second": len(report) / seconds, "seconds_per_image": seconds / max(1, len(report))}
         metrics.extend({"metric": m, "value": v if fresh else None, "protocol": protocol} for m, v in speed.items())
     return folder.record("sample")
+
+
+def keep(s: Study, name: str, seed: int) -> dict[str, Any]:
+    """Filter: copy the better samples of a variant's method, at least one a defect; the record of the stage.
+
+    Samples that must not reach training (see :func:`sampling.problems`) are the worst, whatever their score.
+    """
+    asked, method = s.keep(name), s.settings.variants[name].of
+    upstream = sample(s, method, seed)
+    values = {"keep": asked.model_dump(), "reader": s.settings.downstream.localiser.model_dump()}
+    folder, key = s.folder(name, seed), runs.stage_key(values, [upstream["key"]])
+    if (record := folder.complete("filter", key)) is not None:
+        return record
+    with runs.stage(folder, "filter", key, s.identity(name, seed), values, {"sample": upstream["key"]}) as metrics:
+        source = s.folder(method, seed).path
+        report = pd.read_csv(source / "samples.csv", keep_default_na=False).astype({"defect": str})
+        bad = set(sampling.problems(report)["seed"])
+        chosen: list[int] = []
+        for defect in s.defects:
+            drawn = sampling.load(source, defect)
+            worth = _worth(s, seed, drawn, asked.by) if drawn else np.empty(0)
+            flawed = np.array([item.seed in bad for item in drawn], dtype=bool)
+            best = np.lexsort([-worth, flawed])[: ceil(asked.share * len(drawn))]
+            chosen += [drawn[i].seed for i in best]
+            told = {"n_generated": len(drawn), "by": asked.by}
+            if drawn:
+                told |= {"mean_of_all": float(worth.mean()), "mean_of_kept": float(worth[best].mean())}
+            metrics.append({"metric": "samples_kept", "value": float(len(best)), "defect": defect, "protocol": told})
+        sampling.copy(source, folder.path, chosen)
+    return folder.record("filter")
+
+
+def _worth(s: Study, seed: int, drawn: list[Sample], by: str) -> np.ndarray:
+    """What a filter ranks samples of one defect by, more is better: minus a distance, or an IoU; float64 (N,)."""
+    if by == "mask_seen":
+        return np.array(seen(s, seed, *sampling.stack(drawn)))
+    shots = [shot for shot in s.shots(seed) if shot.defect == drawn[0].defect]
+    found = nearest.nearest_shots(drawn, shots, features.load(s.settings.quality.extractor))
+    return -found.sort_values("sample")["distance"].to_numpy()
 
 
 def copied(mask: Tensor, real: Sequence[Tensor]) -> bool:

@@ -8,6 +8,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from defectlib.masks.sources import MaskSource
 from defectlib.methods import base
 from defectlib.methods.base import Method, MethodConfig
 from defectlib.metrics import files
-from defectlib.params import Parameters, Profile
+from defectlib.params import Keep, Parameters, Profile
 from defectlib.runs import RunFolder
 from defectlib.types import Shot
 
@@ -132,9 +133,15 @@ class Study:
         )
 
     def n_per_defect(self, name: str) -> int:
-        """How many pairs of each defect are drawn by a method or a variant."""
-        asked = self.settings.sample
-        return asked.n_of.get(self.method_of(name).name, asked.n_per_defect)
+        """How many pairs of each defect are drawn by a method or a variant, or kept by a filter."""
+        asked, keep = self.settings.sample, self.keep(name)
+        n = asked.n_of.get(self.method_of(name).name, asked.n_per_defect)
+        return ceil(keep.share * n) if keep else n
+
+    def keep(self, name: str) -> Keep | None:
+        """The filter of a variant that has one."""
+        variant = self.settings.variants.get(name)
+        return variant.keep if variant else None
 
     def load(self, name: str, seed: int) -> Method:
         """The fitted method of a run, or a variant of it, ready to draw; :func:`fit` must have been called.

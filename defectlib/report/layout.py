@@ -24,6 +24,7 @@ METHOD_TITLES = {name: title for title, name in published.METHODS.items()} | {
     "adabldm_no_decoder_adaptation": "AdaBLDM w/o decoder adaptation",
     "adabldm_as_shots": "AdaBLDM, as deep as the shots", "adabldm_mask_hint": "AdaBLDM, mask in the trimap's place",
     "adabldm_as_released": "AdaBLDM, as released",
+    "defectsynth_filtered": "DefectSynth, filtered", "crop_paste_filtered": "Crop-Paste, filtered",
 }  # fmt: skip
 DATASET_TITLES = {name: title for title, name in published.DATASETS.items()}
 METRIC_TITLES = {

@@ -19,6 +19,7 @@ from defectlib import paths, published
 from defectlib.report import layout
 from defectlib.report.layout import Block
 from defectlib.report.page_parts import READING, STYLE
+from defectlib.runs import STAGES
 
 TITLE = "Few-shot industrial defect image generation, reproduced"
 # Longer blocks show their averages first and fold the rest.
@@ -271,7 +272,7 @@ def _stamps(results: pd.DataFrame, runs_root: Path | str | None) -> str:
     if results.empty:
         return '<p class="note">No runs.</p>'
     files = results.drop_duplicates("path")
-    stages = [name for name in ("fit", "sample", "quality", "downstream") if name in set(files["stage"])]
+    stages = [name for name in STAGES if name in set(files["stage"])]
     rows, versions = [], {}
     for (dataset, category, method, seed), some in files.groupby(["dataset", "category", "method", "seed"], sort=True):
         wall = some.groupby("stage")["wall_s"].sum()
