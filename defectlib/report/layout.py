@@ -42,7 +42,7 @@ METRIC_TITLES = {
     "iap_gain": "IAP gain, points", "iap90_gain": "IAP90 gain, points",
 }  # fmt: skip
 EXTRACTORS = {"tiny": "tiny", "inception": "Inception", "alex": "AlexNet", "vgg": "VGG"}
-WHY, CLAIM = "Why not ", "Claim"
+WHY, CLAIM, DEVICE = "Why not ", "Claim", "Device"
 # Columns of the claims whose cells may break into lines: a long text or a few words.
 TEXTS = {CLAIM: "text", "Who": "words", "Against": "words", WHY + "decided": "words"}
 # LaTeX: a column specification of as many letters, widths included, is wider than a page.
@@ -55,7 +55,7 @@ DIGITS = {
 LATEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "×": r"$\times$", "³": r"$^3$",
-    "↑": r"$\uparrow$", "↓": r"$\downarrow$", "Δ": r"$\Delta$",
+    "↑": r"$\uparrow$", "↓": r"$\downarrow$", "Δ": r"$\Delta$", "<": "$<$", ">": "$>$",
 }  # fmt: skip
 
 
@@ -241,7 +241,7 @@ def _claim_cells(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _cost_blocks(table: pd.DataFrame) -> list[Block]:
-    """A row a method with its stages beside each other, and a row a notebook."""
+    """A row a method with its stages beside each other, and a row a notebook; the only device stands in the title."""
     methods, books = (table[table["of"] == kind] for kind in ("method", "notebook"))
     found = []
     if len(methods):
@@ -256,22 +256,31 @@ def _cost_blocks(table: pd.DataFrame) -> list[Block]:
             "Method": [method_title(name) for name in minutes.index],
             **{f"{stage.capitalize()}, min": [_minutes(v) for v in minutes[stage]] for stage in stages},
             "Runs": whole["runs"].map(str), "In all, min": whole["total"].map(_minutes),
-            "Peak memory, GB": whole["peak"].map(_gigabytes), "Device": whole["device"],
+            "Peak memory, GB": whole["peak"].map(_gigabytes), DEVICE: whole["device"],
         })  # fmt: skip
-        found.append(Block("By method, a run", cells, 1, False))
+        found.append(_cost_block("By method, a run", cells))
     if len(books):
         cells = pd.DataFrame({
             "Notebook": books["name"], "Times": books["runs"].map(str), "Each, min": books["minutes"].map(_minutes),
             "In all, min": books["minutes_in_all"].map(_minutes), "Peak memory, GB": books["peak_gb"].map(_gigabytes),
-            "Device": books["device"],
+            DEVICE: books["device"],
         })  # fmt: skip
-        found.append(Block("By notebook", cells, 1, False))
+        found.append(_cost_block("By notebook", cells))
     return found
+
+
+def _cost_block(title: str, cells: pd.DataFrame) -> Block:
+    devices = cells[DEVICE].unique()
+    if len(devices) == 1:
+        title, cells = f"{title} on {devices[0]}" if devices[0] else title, cells.drop(columns=DEVICE)
+    return Block(title, cells, 1, False)
 
 
 def _minutes(value: float) -> str:
     """Minutes with a digit that shows; "" for none."""
-    return "" if value == 0 else f"{value:.1f}" if value >= 0.1 else f"{value:.2f}"
+    if value == 0:
+        return ""
+    return f"{value:.1f}" if value >= 0.1 else f"{value:.2f}" if value >= 0.01 else "< 0.01"
 
 
 def _gigabytes(value: float) -> str:

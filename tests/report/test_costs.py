@@ -50,7 +50,9 @@ def test_a_row_a_method_with_its_stages_beside_each_other(table):
     ]  # fmt: skip
     assert methods.cells["In all, min"].tolist() == ["0.02", "6.5"]
     assert methods.cells["Peak memory, GB"].tolist() == ["0.2", "3.0"]
+    assert methods.cells["Device"].tolist() == ["a GPU", "cpu"], "which device, where there are several"
     assert books.cells["Each, min"].tolist() == ["0.2", "1.0"]
+    assert books.title == "By notebook on cpu" and "Device" not in books.cells
 
 
 def test_in_all_formats_and_on_the_page(table, tmp_path):

@@ -9,14 +9,14 @@ import pandas as pd
 import pytest
 
 from defectlib import published
-from defectlib.report import layout, tables
+from defectlib.report import claims, costs, layout, tables
 from defectlib.report.specs import REASONS, codes
 
 BASE = {
     "profile": "demo", "split": "all_shots", "dataset": "mini", "category": "nut", "method": "crop_paste", "seed": 0,
     "stage": "quality", "defect": "crack", "metric": "tiny-kid", "value": 0.1, "sd": None, "protocol": "{}",
     "extractor": "tiny", "n_real": 24, "n_generated": 24, "git_sha": "0" * 40, "dirty": False, "wall_s": 1.0,
-    "device": "cpu", "path": "x",
+    "peak_memory_mb": 512, "device": "cpu", "path": "x",
 }  # fmt: skip
 
 
@@ -306,10 +306,12 @@ def test_long_blocks_break_into_pages(tmp_path):
 @pytest.mark.skipif(shutil.which("pdflatex") is None, reason="no LaTeX on this machine")
 def test_latex_compiles(tmp_path):
     results = frame({"category": "50%_of & more$"}, {"metric": "accuracy", "defect": ""})
-    for name in tables.NAMES:
-        tables.write(tables.build(results, name), tmp_path, name)
-    body = "\n".join(rf"\input{{{name}}}\clearpage" for name in tables.NAMES)
-    source = rf"\documentclass{{article}}\usepackage{{booktabs}}\begin{{document}}{body}\end{{document}}"
+    made = {name: tables.build(results, name) for name in tables.NAMES}
+    made |= {claims.NAME: claims.judge(results), costs.NAME: costs.build(results, tmp_path)}
+    for name, table in made.items():
+        tables.write(table, tmp_path, name)
+    body = "\n".join(rf"\input{{{name}}}\clearpage" for name in made)
+    source = rf"\documentclass{{article}}\usepackage{{booktabs,graphicx}}\begin{{document}}{body}\end{{document}}"
     (tmp_path / "all.tex").write_text(source)
     call = subprocess.run(
         ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "all.tex"],
