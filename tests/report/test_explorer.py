@@ -118,7 +118,7 @@ def test_samples_that_are_not_drawn(tiny_parameters):
 def test_a_mask_is_laid_over_its_image():
     image, mask = torch.zeros(3, 2, 2), torch.tensor([[[True, False], [False, False]]])
     half, full = (explorer.tinted(image, mask, opacity) for opacity in (0.5, 1.0))
-    colour = torch.tensor([0xE8, 0x43, 0x2E]) / 255 * 2 - 1
+    colour = torch.tensor([0x00, 0xC8, 0xFF]) / 255 * 2 - 1
     assert torch.allclose(full[:, 0, 0], colour) and torch.allclose(half[:, 0, 0], colour / 2)
     assert (full[:, ~mask[0]] == 0).all() and torch.equal(explorer.tinted(image, mask, 0), image)
     with pytest.raises(ValueError, match=r"opacity must lie in \[0, 1\], got 50"):
