@@ -197,9 +197,9 @@ def execute_in_place(name: str, profile: str) -> float:
         DEFECTLIB_PROFILE=profile, OMP_NUM_THREADS=threads, MKL_NUM_THREADS=threads, DEFECTLIB_BATCH="1"
     )  # fmt: skip
     where = {"metadata": {"path": str(paths.ROOT)}}
-    NotebookClient(
-        notebook, timeout=CELL_TIMEOUT_S, resources=where, store_widget_state=False, config=Config(KERNELS)
-    ).execute()
+    NotebookClient(notebook, timeout=CELL_TIMEOUT_S, resources=where, config=Config(KERNELS)).execute()
+    # Dropped afterwards: told to store none, nbclient 0.11 fails on what a widget shows at its start.
+    notebook.metadata.pop("widgets", None)
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)
     notebook.metadata["language_info"] = {"name": "python"}

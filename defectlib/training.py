@@ -165,16 +165,22 @@ def once(file: Path, asked: list, train: Callable[[], tuple[State, Curve]]) -> t
         asked: What the training depends on, as JSON values: a file of another training is not taken.
         train: Returns named weights and the loss curve.
     """
-    asked = json.loads(json.dumps(asked))
-    if file.is_file():
-        with safe_open(file, "pt") as kept:
-            known = json.loads(kept.metadata()["fit"])
-        if known["asked"] == asked:
-            return safetensors.torch.load_file(file), [tuple(point) for point in known["curve"]]
+    if (curve := kept_curve(file, asked)) is not None:
+        return safetensors.torch.load_file(file), curve
     state, curve = train()
     described = {"fit": json.dumps({"asked": asked, "curve": curve})}
     paths.write_bytes(file, safetensors.torch.save(state, metadata=described))
     return state, curve
+
+
+def kept_curve(file: Path, asked: list) -> Curve | None:
+    """The loss curve of what :func:`once` keeps in ``file``; None where it holds nothing, or another training."""
+    if not file.is_file():
+        return None
+    with safe_open(file, "pt") as kept:
+        known = json.loads(kept.metadata()["fit"])
+    same = known["asked"] == json.loads(json.dumps(asked))
+    return [tuple(point) for point in known["curve"]] if same else None
 
 
 def _checkpoints(folder: Path) -> Iterator[Path]:

@@ -42,12 +42,11 @@ runs_root = None
 figures_root = None
 
 # %%
-import ipywidgets
 import pandas as pd
 
 from defectlib import images, params, sampling, stages, study
 from defectlib.metrics import features, nearest
-from defectlib.report import figures, layout, tables
+from defectlib.report import explorer, figures, layout, tables
 from defectlib.types import Shot
 
 p = params.read(globals())
@@ -187,22 +186,20 @@ listed.groupby(["source", "defect"], sort=False)["distance"].describe()[["count"
 # %% [markdown]
 # ## Explore
 #
-# With a running kernel: any method, seed and defect. The picture below the widget shows the last
-# method's first samples, so the page says the same without one.
-
-
-# %%
-def explore(method, seed, defect, first):
-    drawn = sampling.load(s.folder(method, seed).path, defect)[first : first + 2]
-    images, masks = [item.image for item in drawn], [item.mask for item in drawn]
-    return figures.sheet([masks, images], row_labels=["mask", "drawn"], scale=128 / s.size)
-
-
-last = max(0, min(map(s.n_per_defect, s.methods)) - 2)
-ipywidgets.interactive(explore, method=list(s.methods), seed=list(s.seeds), defect=list(s.defects), first=(0, last))
+# With a running kernel: any sample that is drawn, of any category, method, variant and seed in this run folder, beside the
+# shot that it is nearest to. The slider lays its mask over it: at 0 it is what a classifier sees, at 1 nothing but the mask
+# is left of the defect. Nothing is drawn or trained here: the mask's IoU with what is seen there appears once notebook 7 has
+# trained its localiser, and only where that finds real defects.
 
 # %%
-explore(s.methods[-1], s.seeds[0], s.defects[0], 0)
+explorer.explore_samples(s)
+
+# %% [markdown]
+# What it starts with, for those who read without a kernel: the last method's first sample. Distance and LPIPS are in the
+# profile's networks, named in brackets; changes are in grey levels of 255.
+
+# %%
+explorer.view(s, s.methods[-1], s.seeds[0], s.defects[0])
 
 # %% [markdown]
 # ## Table IV, inference

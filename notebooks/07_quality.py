@@ -51,7 +51,7 @@ import torch
 
 from defectlib import backbone, params, sampling, stages, study
 from defectlib.metrics import features, quality, symmetry
-from defectlib.report import figures, layout, tables
+from defectlib.report import explorer, figures, layout, tables
 
 p = params.read(globals())
 s = study.open_category(p)
@@ -191,6 +191,25 @@ for source, items in looked_at.items():
         )
 regular = pd.DataFrame(rows, columns=["source", "defect", "inside", "outside", "ratio"])
 regular.groupby(["defect", "source"], sort=False).median().round(2)
+
+# %% [markdown]
+# ## The worst first
+#
+# A mean hides its tail. Here are the samples of a run sorted by any of their scores, with a running kernel of any category,
+# method, variant and seed in the run folder: LPIPS to the nearest real image as above, distance to the nearest shot
+# (notebook 6), the mask's IoU with what the localiser sees, its area and pieces, and the change inside and outside of it.
+# **Which end of a score is the worse one says where to look first, not what is bad**: a good defect unlike any shot is far
+# from them all too.
+
+# %%
+explorer.explore_sheet(s)
+
+# %% [markdown]
+# What it starts with, for those who read without a kernel: the last method's samples of the first defect that are least like
+# any real image of it by LPIPS, each with its file's name and its score beneath.
+
+# %%
+explorer.contact_sheet(s, s.methods[-1], s.seeds[0], s.defects[0])
 
 # %% [markdown]
 # ## Tables II and III

@@ -159,3 +159,22 @@ def test_every_notebook_has_a_place_in_the_graph():
     order = list(batch.NOTEBOOKS)
     for name, (_, needs, _) in batch.NOTEBOOKS.items():
         assert all(order.index(need) < order.index(name) for need in needs)
+
+
+def test_a_widget_leaves_no_state_in_an_executed_notebook(tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "NOTEBOOKS", tmp_path)
+    monkeypatch.setenv("DEFECTLIB_PROFILE", "smoke")  # which the call sets, for its kernel
+    lines = [
+        "# %%",
+        "import ipywidgets",
+        "shown = ipywidgets.Output()",
+        "with shown:",
+        "    display('a' * 1000)",
+        "shown",
+    ]
+    (tmp_path / "book.py").write_text("\n".join(lines) + "\n")
+    batch.execute_in_place("book", "smoke")
+    book = json.loads((tmp_path / "book.ipynb").read_text())
+    (output,) = book["cells"][0]["outputs"]
+    assert "application/vnd.jupyter.widget-view+json" in output["data"]
+    assert "widgets" not in book["metadata"] and "aaaa" not in json.dumps(book)

@@ -12,6 +12,7 @@ from math import ceil
 
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
@@ -31,6 +32,7 @@ OUTLINE = "#E8432E"
 FRAME = "#999999"
 GAP = 4
 FONT = 8.5
+LINE = FONT * DPI / 72 * 1.25
 
 Cell = Tensor | np.ndarray | None
 
@@ -99,6 +101,8 @@ def sheet(
     column_labels: Sequence[str] | None = None,
     outline_masks: Sequence[Sequence[Tensor | None]] | None = None,
     scale: float | None = None,
+    title: str | None = None,
+    captions: Sequence[Sequence[str]] | None = None,
 ) -> Figure:
     """A sheet of images, masks and maps.
 
@@ -108,43 +112,43 @@ def sheet(
         column_labels: One a column.
         outline_masks: Masks to draw as outlines, in the places of ``rows``.
         scale: Screen pixels an image pixel; default: the largest whole number (or whole fraction) that fits the page.
+        title: Over the whole sheet; may hold line breaks.
+        captions: One line under each cell, in the places of ``rows``.
 
     Raises:
-        ValueError: Nothing to show, labels or outlines that do not fit the rows, or cells out of range.
+        ValueError: Nothing to show, labels, outlines or captions that do not fit the rows, or cells out of range.
     """
     shapes = [np.shape(cell)[-2:] for row in rows for cell in row if cell is not None]
     if not shapes:
         raise ValueError("a sheet needs at least one image")
     columns = max(len(row) for row in rows)
-    _check_labels(rows, columns, row_labels, column_labels, outline_masks)
+    _check_labels(rows, columns, row_labels, column_labels, outline_masks, captions)
     height, width = (max(s[i] for s in shapes) for i in (0, 1))
     scale = scale or _fitting(height, width, columns)
     cell_w, cell_h = width * scale, height * scale
     left = max((_text_width(line) for label in row_labels or [] for line in str(label).split("\n")), default=0)
     heads, top, overhang = _headings(column_labels, cell_w)
+    over = (title.count("\n") + 1) * LINE + 4 if title else 0
+    pitch = cell_h + GAP + (ceil(LINE) if captions else 0)
     # Whole screen pixels, so that every cell starts on one.
-    left, top = ceil(left + 13 if row_labels else 2), ceil(top)
+    left, top = ceil(left + 13 if row_labels else 2), ceil(top + over)
     full_w = ceil(left + columns * (cell_w + GAP) - GAP + max(2, overhang))
-    full_h = ceil(top + len(rows) * (cell_h + GAP) - GAP + 2)
+    full_w = max([full_w, *(ceil(_text_width(line)) + 8 for line in (title or "").split("\n"))])
+    full_h = ceil(top + len(rows) * pitch - GAP + 2)
 
     figure = Picture(figsize=(full_w / DPI, full_h / DPI), dpi=DPI)
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set(xlim=(0, full_w), ylim=(full_h, 0))
     axes.axis("off")
     for r, row in enumerate(rows):
-        y = top + r * (cell_h + GAP)
+        y = top + r * pitch
         for c, cell in enumerate(row):
             if cell is None:
                 continue
             x = left + c * (cell_w + GAP)
-            h, w = np.shape(cell)[-2] * scale, np.shape(cell)[-1] * scale
-            axes.imshow(_shown(cell, scale), extent=(x, x + w, y + h, y), interpolation="nearest", aspect="auto")
-            if len(np.shape(cell)) == 2 or np.shape(cell)[0] == 1:
-                axes.add_patch(Rectangle((x, y), w, h, fill=False, edgecolor=FRAME, linewidth=0.8))
-            mask = outline_masks[r][c] if outline_masks else None
-            if mask is not None:
-                edges = outline(mask) * scale + [x, y]
-                axes.add_collection(LineCollection(edges, colors=OUTLINE, linewidths=1.0, capstyle="projecting"))
+            _place(axes, cell, outline_masks[r][c] if outline_masks else None, x, y, scale)
+            if captions:
+                axes.text(x + cell_w / 2, y + cell_h + 2, captions[r][c], ha="center", va="top", fontsize=FONT)
         if row_labels:
             axes.text(left - 7, y + cell_h / 2, row_labels[r], ha="right", va="center", fontsize=FONT)
     for c, (text, angle) in enumerate(heads):
@@ -153,8 +157,21 @@ def sheet(
             middle, top - 5, text, ha="left" if angle else "center", va="bottom", rotation=angle,
             rotation_mode="anchor" if angle else None, fontsize=FONT,
         )  # fmt: skip
+    if title:
+        axes.text(left, 2, title, ha="left", va="top", fontsize=FONT)
     axes.set(xlim=(0, full_w), ylim=(full_h, 0))
     return figure
+
+
+def _place(axes: Axes, cell: Tensor | np.ndarray, mask: Tensor | None, x: float, y: float, scale: float) -> None:
+    """A cell with its top left corner at (x, y): a mask or map with a frame, and with the outline of ``mask``."""
+    h, w = np.shape(cell)[-2] * scale, np.shape(cell)[-1] * scale
+    axes.imshow(_shown(cell, scale), extent=(x, x + w, y + h, y), interpolation="nearest", aspect="auto")
+    if len(np.shape(cell)) == 2 or np.shape(cell)[0] == 1:
+        axes.add_patch(Rectangle((x, y), w, h, fill=False, edgecolor=FRAME, linewidth=0.8))
+    if mask is not None:
+        edges = outline(mask) * scale + [x, y]
+        axes.add_collection(LineCollection(edges, colors=OUTLINE, linewidths=1.0, capstyle="projecting"))
 
 
 def overlay(image: Tensor, mask: Tensor, scale: float | None = None) -> Figure:
@@ -168,11 +185,13 @@ def overlay(image: Tensor, mask: Tensor, scale: float | None = None) -> Figure:
     return sheet([[image]], outline_masks=[[mask]], scale=scale)
 
 
-def _check_labels(rows, columns, row_labels, column_labels, outline_masks) -> None:
+def _check_labels(rows, columns, row_labels, column_labels, outline_masks, captions) -> None:
     if row_labels is not None and len(row_labels) != len(rows):
         raise ValueError(f"the sheet has {len(rows)} rows but {len(row_labels)} row labels")
     if column_labels is not None and len(column_labels) != columns:
         raise ValueError(f"the sheet has {columns} columns but {len(column_labels)} column labels")
+    if captions is not None and [len(row) for row in captions] != [len(row) for row in rows]:
+        raise ValueError("captions must have a text for every cell of the sheet")
     if outline_masks is None:
         return
     if [len(row) for row in outline_masks] != [len(row) for row in rows]:
@@ -215,13 +234,12 @@ def _headings(labels: Sequence[str] | None, cell_w: float) -> tuple[list[tuple[s
     """
     if not labels:
         return [], 2.0, 0.0
-    line = FONT * DPI / 72 * 1.25
     broken = [_broken(str(label), cell_w) for label in labels]
     if all(_text_width(part) <= cell_w for text in broken for part in text.split("\n")):
-        return [(text, 0.0) for text in broken], max(t.count("\n") + 1 for t in broken) * line + 8, 0.0
+        return [(text, 0.0) for text in broken], max(t.count("\n") + 1 for t in broken) * LINE + 8, 0.0
     flat = [str(label).replace("\n", " ") for label in labels]
     turned = np.deg2rad(40)
-    rise = max(map(_text_width, flat)) * np.sin(turned) + line * np.cos(turned)
+    rise = max(map(_text_width, flat)) * np.sin(turned) + LINE * np.cos(turned)
     beside = max(0.0, _text_width(flat[-1]) * np.cos(turned) - cell_w / 2 + 4)
     return [(text, 40.0) for text in flat], rise + 8, beside
 

@@ -103,6 +103,21 @@ def test_labels_do_not_overlap_and_are_not_cut(columns):
         assert not any(first.overlaps(second) for second in level[i + 1 :])
 
 
+def test_a_title_and_captions_have_room_of_their_own():
+    words = {
+        "title": "A title that is longer than all of the two columns\nand its second line",
+        "captions": [["a"] * 2] * 3,
+    }
+    figure = figures.sheet([[image(size=64)] * 2] * 3, column_labels=["left", "right"], scale=1, **words)
+    figure.draw_without_rendering()
+    boxes, page = texts(figure)
+    cells = [shown.get_window_extent() for shown in figure.axes[0].images]
+    assert len(boxes) == 6 + 2 + 1 and len(cells) == 6
+    for i, box in enumerate(boxes):
+        assert box.x0 >= page.x0 and box.x1 <= page.x1 and box.y0 >= page.y0 - 0.5 and box.y1 <= page.y1
+        assert not any(box.overlaps(other) for other in [*boxes[i + 1 :], *cells])
+
+
 def test_ragged_rows_and_empty_places():
     shown = drawn(figures.sheet([[image(-1.0), image(-1.0)], [image(-1.0), None]], scale=2))
     assert (shown[2:18, 24:38] < 10).any() and (shown[24:36, 24:36] == 255).all()
@@ -130,6 +145,7 @@ def test_outlines_are_drawn():
         ({"rows": [[image()]], "column_labels": []}, "1 columns but 0 column labels"),
         ({"rows": [[image()]], "outline_masks": [[]]}, "a place"),
         ({"rows": [[image()]], "outline_masks": [[mask(4)]]}, "does not fit"),
+        ({"rows": [[image()]], "captions": [["a", "b"]]}, "captions must have a text for every cell"),
     ],
 )
 def test_bad_sheets(arguments, message):
