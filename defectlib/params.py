@@ -67,9 +67,12 @@ class QualitySettings(Strict):
 
 
 class TrainSettings(Strict):
-    """Training of one downstream model; exactly one of ``epochs`` and ``steps`` is given."""
+    """Training of one downstream model; exactly one of ``epochs`` and ``steps`` is given.
 
-    architecture: Literal["resnet34", "smp-unet-resnet18"]
+    ``pretrained`` starts from ImageNet weights, which :mod:`metrics.files` knows of the ResNet-34 alone.
+    """
+
+    architecture: Literal["resnet34", "smp-unet-resnet18", "smp-unet-vgg13_bn"]
     pretrained: bool
     epochs: int | None
     steps: int | None
@@ -77,9 +80,11 @@ class TrainSettings(Strict):
     learning_rate: float = Field(gt=0)
 
     def model_post_init(self, _: Any) -> None:
-        """Refuse an ambiguous length."""
+        """Refuse an ambiguous length, and weights that are not here."""
         if (self.epochs is None) == (self.steps is None):
             raise ValueError("give exactly one of epochs and steps")
+        if self.pretrained and self.architecture != "resnet34":
+            raise ValueError(f"there are no weights for {self.architecture} here: set pretrained to false")
 
 
 class DownstreamSettings(Strict):

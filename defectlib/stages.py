@@ -166,7 +166,7 @@ def reader(s: Study, seed: int) -> tuple[nn.Module, Curve]:
 
     file = s.folder(SHOTS_ONLY, seed).path / "reader.safetensors"
     state, curve = once(file, [settings.model_dump(), s.data_key(seed), seed], train)
-    model = models.build_localiser(settings.model_copy(update={"pretrained": False}))
+    model = models.build_localiser(settings)
     model.load_state_dict(state)
     return model.to(models.device()).eval(), curve
 
