@@ -46,7 +46,7 @@ figures_root = None
 import numpy as np
 import pandas as pd
 
-from defectlib import params, stages, study
+from defectlib import evaluation, params, study
 from defectlib.metrics import regions
 from defectlib.report import claims, figures, layout, tables
 
@@ -60,7 +60,7 @@ figures.style()
 
 # %%
 rows = [study.SHOTS_ONLY, *s.methods]
-records = {(method, seed): stages.downstream(s, method, seed) for method in rows for seed in s.seeds}
+records = {(method, seed): evaluation.downstream(s, method, seed) for method in rows for seed in s.seeds}
 scores = pd.DataFrame(
     [
         (method, seed, m["metric"], m.get("defect", ""), m["value"])
@@ -107,7 +107,7 @@ averages.reindex(columns=rows).round(3)
 # Rows are the true defects, columns what the classifier said; summed over seeds.
 
 # %%
-matrices = {method: stages.confusion(s, method) for method in rows}
+matrices = {method: evaluation.confusion(s, method) for method in rows}
 matrices = {method: matrix for method, matrix in matrices.items() if matrix is not None}
 figure = figures.confusion(matrices, list(s.defects)) if matrices else None
 if figure is not None:
