@@ -22,7 +22,7 @@
 #
 # Two rows are always there: `shots_only`, the same model trained on the few real shots for as many steps (the papers'
 # "w/o augmentation"), and `crop_paste`. The model of the last step is tested: no checkpoint is chosen by its test score,
-# as the released evaluations do.
+# as the released evaluations do. What that would have shown stands further down, and how much one sample more is worth.
 #
 # One unit of this notebook is a category; `methods` and `seeds` are lists.
 
@@ -46,7 +46,7 @@ figures_root = None
 import numpy as np
 import pandas as pd
 
-from defectlib import evaluation, params, study
+from defectlib import evaluation, learning, params, study
 from defectlib.metrics import regions
 from defectlib.report import claims, figures, layout, tables
 
@@ -142,6 +142,64 @@ figure = misses(localised["method"].iloc[-1], s.seeds[0]) if len(localised) else
 if figure is not None:
     figures.save(figure, folder, f"worst_misses_{s.category}")
 figure
+
+# %% [markdown]
+# ## Which checkpoint is tested?
+#
+# A training must end somewhere, and a rule says which of its models is tested (`downstream.selection` in the profile).
+# Ours is `last`. The released evaluations take the checkpoint that is best on the test set, `test_oracle`: its score is the
+# largest there is by construction, and tests nothing. `val_generated` chooses on samples that are held back from training.
+#
+# Here is one training of the localiser, of the last method that could be tested and the first seed. Checkpoints are scored
+# on the test set and on a tenth of the samples; these are left out of the training, so its last step is not the model above.
+
+# %%
+looked = evaluation.checkpoints(s, localised["method"].iloc[-1], s.seeds[0])["metrics"] if len(localised) else []
+by_step = pd.DataFrame([m["protocol"] | {"pixel AP, %": 100 * m["value"]} for m in looked if m["value"] is not None])
+figure, picked = None, pd.DataFrame()
+if len(by_step):
+    wide = by_step.pivot(index="step", columns="on", values="pixel AP, %")
+    best = {"last": wide.index[-1], "val_generated": wide["held back"].idxmax(), "test_oracle": wide["test"].idxmax()}
+    picked = wide.loc[list(best.values())].rename_axis(columns=None).reset_index().set_axis(list(best))
+    picked["test, against last"] = picked["test"] - picked.loc["last", "test"]
+    rings = {rule: (step, wide.loc[step, "test"]) for rule, step in best.items()}
+    figure = figures.chosen(by_step, "step", "pixel AP, %", "on", rings)
+    figures.save(figure, folder, f"checkpoints_{s.category}", by_step)
+figure
+
+# %%
+print(*(m["protocol"]["why_withheld"] for m in looked if m["value"] is None), end="")
+if len(picked):
+    print(f"{localised['method'].iloc[-1]}, seed {s.seeds[0]}; one training: no rule is better than another by it")
+picked.round(1)
+
+# %% [markdown]
+# ## How many samples, how many shots?
+#
+# Scores over the number of samples of each defect (0: the shots alone), and over the number of shots, for the shots alone
+# and for what is fitted on them anew at no cost. Subsets are nested. All points are trained for as many optimiser steps,
+# whatever the number of images: more images mean fewer passes over each, not a longer training. The last points are the
+# scores above. The localiser learns from samples in place of the shots, the classifier from both.
+
+# %%
+points = [(method, seed, m) for method in rows for seed in s.seeds for m in learning.curve(s, method, seed)["metrics"]]
+learned = pd.DataFrame(
+    [(*m["metric"].rsplit("_by_", 1), m["protocol"]["n"], name, seed, m["value"]) for name, seed, m in points],
+    columns=["metric", "axis", "n", "method", "seed", "value"],
+)
+learned["value"] = 100 * learned["value"].astype(float)
+figure = figures.learning(learned) if learned["value"].notna().any() else None
+if figure is not None:
+    figures.save(figure, folder, f"learning_curve_{s.category}", learned)
+figure
+
+# %%
+trained = {m["protocol"]["optimiser_steps"] for *_, m in points if "optimiser_steps" in m["protocol"]}
+print(f"percent, mean over {len(s.seeds)} seed(s); optimiser steps of a point: {', '.join(map(str, sorted(trained)))}")
+grouped = learned.groupby(["metric", "axis", "n", "method"], sort=True)["value"]
+averages, sds = grouped.mean().unstack(), grouped.std().unstack()
+order = [name for name in rows if name in averages]
+pd.concat([averages[order], sds[order].add_suffix(" sd").dropna(axis=1, how="all")], axis=1).round(1)
 
 # %% [markdown]
 # ## Tables VIII and IX
