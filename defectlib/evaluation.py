@@ -271,7 +271,7 @@ def _by_step(s: Study, items: Sequence[Item], held_out: list, seed: int) -> list
     models.train_localiser(*sampling.stack(train), torch.stack(s.normals(seed)), asked.localiser, seed, looked)
     rows = []
     for (step, tested), known in zip(looked.scores, on_held_back, strict=True):
-        for on, value, n in (("held back", known, len(judge)), ("test", tested, len(held_out))):
+        for on, value, n in (("held-back items", known, len(judge)), ("test set", tested, len(held_out))):
             protocol = {"task": "localisation", "step": step, "on": on, "n_images": n, "n_train": len(train)}
             rows.append({"metric": BY_STEP, "value": value, "protocol": protocol})
     return rows

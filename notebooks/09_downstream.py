@@ -159,10 +159,15 @@ by_step = pd.DataFrame([m["protocol"] | {"pixel AP, %": 100 * m["value"]} for m 
 figure, picked = None, pd.DataFrame()
 if len(by_step):
     wide = by_step.pivot(index="step", columns="on", values="pixel AP, %")
-    best = {"last": wide.index[-1], "val_generated": wide["held back"].idxmax(), "test_oracle": wide["test"].idxmax()}
+    known, test = wide["held-back items"], wide["test set"]
+    best = {
+        "last": wide.index[-1],
+        "val_generated": known.idxmax(),
+        "test_oracle": test.idxmax(),
+    }  # the first of equals
     picked = wide.loc[list(best.values())].rename_axis(columns=None).reset_index().set_axis(list(best))
-    picked["test, against last"] = picked["test"] - picked.loc["last", "test"]
-    rings = {rule: (step, wide.loc[step, "test"]) for rule, step in best.items()}
+    picked["test set, against last"] = picked["test set"] - test.iloc[-1]
+    rings = {rule: (step, test[step]) for rule, step in best.items()}
     figure = figures.chosen(by_step, "step", "pixel AP, %", "on", rings)
     figures.save(figure, folder, f"checkpoints_{s.category}", by_step)
 figure
@@ -196,8 +201,8 @@ figure
 # %%
 trained = {m["protocol"]["optimiser_steps"] for *_, m in points if "optimiser_steps" in m["protocol"]}
 print(f"percent, mean over {len(s.seeds)} seed(s); optimiser steps of a point: {', '.join(map(str, sorted(trained)))}")
-grouped = learned.groupby(["metric", "axis", "n", "method"], sort=True)["value"]
-averages, sds = grouped.mean().unstack(), grouped.std().unstack()
+by_n = learned.groupby(["metric", "axis", "n", "method"], sort=True)["value"]
+averages, sds = by_n.mean().unstack(), by_n.std().unstack()
 order = [name for name in rows if name in averages]
 pd.concat([averages[order], sds[order].add_suffix(" sd").dropna(axis=1, how="all")], axis=1).round(1)
 

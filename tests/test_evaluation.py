@@ -124,7 +124,7 @@ def test_the_three_rules_are_shown_on_one_training_that_is_kept(tiny_parameters,
     s = ruled(tiny_parameters, checkpoints=2)
     record = evaluation.checkpoints(s, "crop_paste", 0)
     rows = [(m["protocol"]["step"], m["protocol"]["on"]) for m in record["metrics"]]
-    assert rows == [(1, "held back"), (1, "test"), (2, "held back"), (2, "test")]
+    assert rows == [(k, on) for k in (1, 2) for on in ("held-back items", "test set")]
     assert all(0 <= m["value"] <= 1 and m["metric"] == evaluation.BY_STEP for m in record["metrics"])
     monkeypatch.setattr(evaluation.models, "train_localiser", None)
     assert evaluation.checkpoints(s, "crop_paste", 0) == record, "read, not repeated"
