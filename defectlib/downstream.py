@@ -1,15 +1,17 @@
 """Downstream models: trained on samples (or on the shots alone), tested on held-out real images.
 
 Protocols (DefectSynth, Section V): a ResNet-34 classifier of defects trained on the base set merged with samples, and a
-U-Net localiser trained on samples alone. The last step is the model: no checkpoint is chosen by looking at the test
-set. Batch-norm statistics are then computed anew over the training images (torch's ``update_bn``): after the few steps
-of the small profiles the running averages still describe the first ones.
+U-Net localiser trained on samples alone. Unless a rule of ``SELECTIONS`` says otherwise the last step is the model: no
+checkpoint is chosen by looking at the test set. Batch-norm statistics are then computed anew over the training images
+(torch's ``update_bn``): after the few steps of the small profiles the running averages still describe the first ones.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from math import ceil
 
 import numpy as np
@@ -19,7 +21,45 @@ from torch import Tensor, nn
 from defectlib.metrics import files
 from defectlib.params import TrainSettings
 
-SELECTION = "last step, batch-norm statistics recomputed"
+SELECTIONS = {
+    "last": "last step, batch-norm statistics recomputed",
+    "val_generated": "best of the checkpoints on a tenth of the training items of each defect, held back from training",
+    "test_oracle": "best of the checkpoints on the test set itself, which is then no test: as released evaluations do",
+}
+
+
+@dataclass
+class Checkpoints:
+    """Checkpoints evenly along a training, each scored with batch-norm statistics of its own.
+
+    Attributes:
+        n: How many; the last is the end of the training. A training of fewer steps has one a step.
+        score: Of a model in evaluation mode; more is better.
+        scores: (step, score), filled by the training.
+        best: The model of the best score, the earliest of equals.
+    """
+
+    n: int
+    score: Callable[[nn.Module], float]
+    scores: list[tuple[int, float]] = field(default_factory=list)
+    best: nn.Module | None = None
+
+    def look(self, step: int, model: nn.Module) -> None:
+        """Score a checkpoint, and keep it where none before it was as good."""
+        value = self.score(model)
+        if all(value > earlier for _, earlier in self.scores):
+            self.best = model
+        self.scores.append((step, value))
+
+
+def held_back(defects: Sequence[str], seed: int) -> np.ndarray:
+    """A seeded tenth of the items of each defect, at least one: bool (N,)."""
+    rng, labels = np.random.default_rng([seed, 4]), np.asarray(defects)
+    chosen = np.zeros(len(labels), dtype=bool)
+    for defect in dict.fromkeys(defects):
+        own = rng.permutation(np.flatnonzero(labels == defect))
+        chosen[own[: max(1, round(len(own) / 10))]] = True
+    return chosen
 
 
 def device() -> torch.device:
@@ -60,24 +100,38 @@ def flipped(tensors: Sequence[Tensor], rng: np.random.Generator) -> list[Tensor]
 
 
 def _optimise(
-    model: nn.Module, loss: Callable[[np.ndarray], Tensor], index: Iterator[np.ndarray], rate: float, images: Tensor
-) -> list[float]:
-    """Adam with one cosine decay to zero, then the batch-norm statistics of ``images``; the loss of each step."""
+    model: nn.Module,
+    loss: Callable[[np.ndarray], Tensor],
+    index: Iterator[np.ndarray],
+    rate: float,
+    images: Tensor,
+    checkpoints: Checkpoints | None,
+) -> tuple[nn.Module, list[float]]:
+    """Adam with one cosine decay to zero; the model of the last step, or of the best checkpoint, and all losses."""
     index = list(index)
     optimiser = torch.optim.Adam(model.parameters(), lr=rate)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, max(1, len(index)))
+    due = {ceil(len(index) * k / checkpoints.n) for k in range(1, checkpoints.n + 1)} if checkpoints else set()
     model.train()
     curve = []
-    for batch in index:
+    for step, batch in enumerate(index, 1):
         value = loss(batch)
         optimiser.zero_grad(set_to_none=True)
         value.backward()
         optimiser.step()
         decay.step()
         curve.append(value.item())
+        if step in due:
+            with torch.random.fork_rng():  # to be looked at changes nothing in a training
+                checkpoints.look(step, _settled(copy.deepcopy(model), images))
+    return checkpoints.best if checkpoints else _settled(model, images), curve
+
+
+def _settled(model: nn.Module, images: Tensor) -> nn.Module:
+    """The model with the batch-norm statistics of ``images``, in evaluation mode."""
     mixed = images[torch.randperm(len(images))]  # inside `seeded`: a sorted set would give lopsided batches
     torch.optim.swa_utils.update_bn([chunk for chunk in mixed.split(16)], model, device=next(model.parameters()).device)
-    return curve
+    return model.eval()
 
 
 def build_classifier(settings: TrainSettings, n_classes: int) -> nn.Module:
@@ -92,7 +146,12 @@ def build_classifier(settings: TrainSettings, n_classes: int) -> nn.Module:
 
 
 def train_classifier(
-    images: Tensor, labels: Tensor, n_classes: int, settings: TrainSettings, seed: int
+    images: Tensor,
+    labels: Tensor,
+    n_classes: int,
+    settings: TrainSettings,
+    seed: int,
+    checkpoints: Checkpoints | None = None,
 ) -> tuple[nn.Module, list[float]]:
     """Train a defect classifier by cross-entropy with random flips.
 
@@ -102,6 +161,7 @@ def train_classifier(
         n_classes: Number of defects.
         settings: Length, batch size, rate.
         seed: Of the weights, the order and the flips.
+        checkpoints: Scored on the way; the best of them is returned in place of the last step's model.
     """
     rng = np.random.default_rng([seed, 2])
     where = device()
@@ -113,8 +173,7 @@ def train_classifier(
             return nn.functional.cross_entropy(model(x.to(where)), labels[batch].to(where))
 
         index = batches(len(images), settings.batch_size, n_steps(settings, len(images)), rng)
-        curve = _optimise(model, loss, index, settings.learning_rate, images)
-    return model.eval(), curve
+        return _optimise(model, loss, index, settings.learning_rate, images, checkpoints)
 
 
 @torch.no_grad()
@@ -125,14 +184,31 @@ def predict_classes(model: nn.Module, images: Tensor, batch_size: int = 32) -> T
 
 
 def build_localiser(settings: TrainSettings) -> nn.Module:
-    """segmentation-models-pytorch's U-Net on a ResNet-18 encoder, from scratch, one logit a pixel."""
+    """segmentation-models-pytorch's U-Net, from scratch, one logit a pixel.
+
+    ``smp-unet-resnet18`` is small, for the small profiles. ``smp-unet-vgg13_bn`` is near DRAEM's discriminative U-Net
+    of base 64, the papers' localiser: two 3 x 3 convolutions with batch norm and ReLU a level, 64, 128, 256, 512, 512
+    and 512 wide, bilinear upsampling, and a decoder of 512, 256, 128, 64 and 64. Its 25.2 M parameters stand against
+    DRAEM's 28.4 M (25,158,529 and 28,371,841, one output each), because two things differ, both in the decoder: no
+    convolution lies between the upsampling and the skip, and the level of full resolution gets no skip.
+    """
     import segmentation_models_pytorch as smp
 
-    return smp.Unet("resnet18", encoder_weights="imagenet" if settings.pretrained else None, classes=1)
+    if settings.architecture == "smp-unet-resnet18":
+        return smp.Unet("resnet18", encoder_weights=None, classes=1)
+    widths = (512, 256, 128, 64, 64)
+    return smp.Unet(
+        "vgg13_bn", encoder_weights=None, decoder_channels=widths, decoder_interpolation="bilinear", classes=1
+    )
 
 
 def train_localiser(
-    images: Tensor, masks: Tensor, normals: Tensor, settings: TrainSettings, seed: int
+    images: Tensor,
+    masks: Tensor,
+    normals: Tensor,
+    settings: TrainSettings,
+    seed: int,
+    checkpoints: Checkpoints | None = None,
 ) -> tuple[nn.Module, list[float]]:
     """Train a localiser; half of each batch is normal images (the protocol of DRAEM and AnomalyDiffusion).
 
@@ -145,6 +221,7 @@ def train_localiser(
         normals: Defect-free images, float32 (M, 3, H, W).
         settings: Length, batch size, rate.
         seed: Of the weights, the order and the flips.
+        checkpoints: Scored on the way; the best of them is returned in place of the last step's model.
     """
     import segmentation_models_pytorch as smp
 
@@ -166,8 +243,7 @@ def train_localiser(
             return focal(logits, target) + dice(logits, target)
 
         index = batches(len(images), half, n_steps(settings, len(images)), rng)
-        curve = _optimise(model, loss, index, settings.learning_rate, torch.cat([images, normals]))
-    return model.eval(), curve
+        return _optimise(model, loss, index, settings.learning_rate, torch.cat([images, normals]), checkpoints)
 
 
 @torch.no_grad()

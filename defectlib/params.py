@@ -67,9 +67,12 @@ class QualitySettings(Strict):
 
 
 class TrainSettings(Strict):
-    """Training of one downstream model; exactly one of ``epochs`` and ``steps`` is given."""
+    """Training of one downstream model; exactly one of ``epochs`` and ``steps`` is given.
 
-    architecture: Literal["resnet34", "smp-unet-resnet18"]
+    ``pretrained`` starts from ImageNet weights, which :mod:`metrics.files` knows of the ResNet-34 alone.
+    """
+
+    architecture: Literal["resnet34", "smp-unet-resnet18", "smp-unet-vgg13_bn"]
     pretrained: bool
     epochs: int | None
     steps: int | None
@@ -77,16 +80,41 @@ class TrainSettings(Strict):
     learning_rate: float = Field(gt=0)
 
     def model_post_init(self, _: Any) -> None:
-        """Refuse an ambiguous length."""
+        """Refuse an ambiguous length, and weights that are not here."""
         if (self.epochs is None) == (self.steps is None):
             raise ValueError("give exactly one of epochs and steps")
+        if self.pretrained and self.architecture != "resnet34":
+            raise ValueError(f"there are no weights for {self.architecture} here: set pretrained to false")
+
+
+class CurveSettings(Strict):
+    """Points of the learning curve besides all samples and all shots, a defect each, and the tasks that are drawn."""
+
+    samples: list[Annotated[int, Field(ge=1)]] = []
+    shots: list[Annotated[int, Field(ge=1)]] = []
+    tasks: list[Literal["classification", "localisation"]] = []
 
 
 class DownstreamSettings(Strict):
-    """The classifier and the localiser of the downstream tables."""
+    """The classifier and the localiser of the downstream tables, and which model of a training is tested.
+
+    ``selection``: ``last`` is the last step; ``val_generated`` the best of ``checkpoints`` evenly spaced ones on a
+    tenth of the training items, held back; ``test_oracle`` the best on the test set itself, as released evaluations do.
+    """
 
     classifier: TrainSettings
     localiser: TrainSettings
+    selection: Literal["last", "val_generated", "test_oracle"] = "last"
+    checkpoints: int = Field(default=5, ge=1)
+    curve: CurveSettings = CurveSettings()
+
+    @model_validator(mode="after")
+    def _tasks(self) -> DownstreamSettings:
+        """An architecture is of one task."""
+        for task, known in (("classifier", "resnet34"), ("localiser", "smp-unet")):
+            if not (given := getattr(self, task).architecture).startswith(known):
+                raise ValueError(f"the {task} cannot be a {given}")
+        return self
 
 
 class Keep(Strict):

@@ -29,13 +29,15 @@ import pandas as pd
 from defectlib import paths
 
 SCHEMA = 1
-STAGES = ("fit", "sample", "filter", "quality", "downstream")
+STAGES = ("fit", "sample", "filter", "quality", "downstream", "checkpoints", "learning_curve")
 ARTEFACTS = {
     "fit": ("model",),
     "sample": ("images", "masks", "parts", "samples.csv"),
     "filter": ("images", "masks", "parts", "samples.csv"),
     "quality": (),
     "downstream": ("predictions",),
+    "checkpoints": (),
+    "learning_curve": ("curve",),
 }
 PACKAGES = (
     "torch", "torchvision", "diffusers", "peft", "transformers", "accelerate", "torch-fidelity", "lpips",
@@ -85,7 +87,7 @@ class RunFolder:
         if begun != key:
             aside = self.path / "superseded" / f"{time.strftime('%Y%m%d-%H%M%S')}-{begun[:8]}"
             aside.mkdir(parents=True, exist_ok=True)
-            # The last two are both made from the samples, and not from each other.
+            # From quality on, none is made from files of another: a key that changed is seen by whoever used it.
             for later in [stage] if stage in STAGES[3:] else STAGES[STAGES.index(stage) :]:
                 for name in (f"{later}.json", f".{later}.key", *ARTEFACTS[later]):
                     if (self.path / name).exists():

@@ -1,7 +1,7 @@
-"""fit, sample, quality, downstream: each makes what it lacks, does its work, and writes its stage file last.
+"""fit, sample, quality: each makes what it lacks, does its work, and writes its stage file last.
 
-A stage that is complete with the same parameters is read, not repeated, so a notebook runs alone, in a batch, or again,
-and says the same.
+What the samples are good for is asked in :mod:`evaluation`, by stages of the same kind. A stage that is complete with
+the same parameters is read, not repeated, so a notebook runs alone, in a batch, or again, and says the same.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from math import ceil
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,26 +20,22 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from defectlib import backbone, paths, runs, sampling
+from defectlib import backbone, runs, sampling
 from defectlib import downstream as models
 from defectlib.images import TURNS
 from defectlib.masks.interpolation import NoMask, mask_iou
 from defectlib.metrics import bootstrap, features, nearest, neighbours, regions
 from defectlib.metrics import quality as quality_metrics
 from defectlib.metrics.features import metric_name
-from defectlib.runs import RunFolder
 from defectlib.study import SHOTS_ONLY, Study
 from defectlib.training import Curve, State, once
-from defectlib.types import Sample, Shot
+from defectlib.types import Sample
 
 SEEN = "mask_seen"
 # Below it the reader misses even most real defects, and what it says of drawn ones means nothing.
 SEEN_LEAST = 0.2
 # IoU from which a drawn mask counts as a shot's.
 COPIED_FROM = 0.95
-WITHHELD = (
-    *("accuracy", "f1_macro", "image_auroc", "image_ap", "pixel_auroc", "pixel_ap", "pixel_f1_50"), *regions.INSTANCES,
-)  # fmt: skip
 
 
 def fit(s: Study, method: str, seed: int) -> dict[str, Any]:
@@ -227,11 +224,16 @@ def reader(s: Study, seed: int) -> tuple[nn.Module, Curve]:
         state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
         return state, list(enumerate(losses, 1))
 
-    file = s.folder(SHOTS_ONLY, seed).path / "reader.safetensors"
-    state, curve = once(file, [settings.model_dump(), s.data_key(seed), seed], train)
-    model = models.build_localiser(settings.model_copy(update={"pretrained": False}))
+    state, curve = once(*kept_reader(s, seed), train)
+    model = models.build_localiser(settings)
     model.load_state_dict(state)
     return model.to(models.device()).eval(), curve
+
+
+def kept_reader(s: Study, seed: int) -> tuple[Path, list]:
+    """The file in which :func:`reader` is kept, and what its training depends on."""
+    file = s.folder(SHOTS_ONLY, seed).path / "reader.safetensors"
+    return file, [s.settings.downstream.localiser.model_dump(), s.data_key(seed), seed]
 
 
 def seen(s: Study, seed: int, images: Tensor, masks: Tensor) -> list[float]:
@@ -262,127 +264,3 @@ def _mask_seen(s: Study, seed: int, defect: str, held_out: list, images: Tensor,
         why = f"on real, held-out defects what the localiser finds overlaps the mask with an IoU of {known:.2f} only"
         return {"value": None, "protocol": told | {"why_withheld": why}}
     return {"value": float(np.mean(seen(s, seed, images, masks))), "protocol": told}
-
-
-def downstream(s: Study, method: str, seed: int) -> dict[str, Any]:
-    """Train the classifier and the localiser on a run's samples, test on held-out real images; the stage's record.
-
-    The row ``shots_only`` (the papers' "w/o augmentation") trains both on the shots, for as many steps. A split that
-    holds no defect out (``all_shots`` on a small set) has nothing to test on: its scores are withheld, with the reason.
-    """
-    settings = s.settings.downstream
-    source = [s.data_key(seed)] if method == SHOTS_ONLY else [sample(s, method, seed)["key"]]
-    values = {
-        "downstream": settings.model_dump(), "defects": s.defects, "seed": seed,
-        # Runs from before PRO, and scores by defect, were measured are measured again.
-        "pro_limit": regions.PRO_LIMIT, "by_defect": True,
-    }  # fmt: skip
-    folder, key = s.folder(method, seed), runs.stage_key(values, source)
-    if (record := folder.complete("downstream", key)) is not None:
-        return record
-    with runs.stage(folder, "downstream", key, s.identity(method, seed), values, {"source": source[0]}) as metrics:
-        shots, held_out = s.shots(seed), s.held_out(seed)
-        drawn = [] if method == SHOTS_ONLY else sampling.load(folder.path)
-        reason = None
-        if all(defect == "good" for *_, defect, _ in held_out):
-            reason = f"the split '{s.settings.data.split}' holds no defect image of {s.category} out"
-        elif method != SHOTS_ONLY and {item.defect for item in drawn} != set(s.defects):
-            reason = "no mask could be drawn for some defects"
-        elif method != SHOTS_ONLY and not any(sampling.teaches(item) for item in drawn):
-            reason = "no drawn mask can be learned from: each is empty, full, or of a size that no real one has"
-        if reason:
-            metrics.extend({"metric": m, "value": None, "protocol": {"why_withheld": reason}} for m in WITHHELD)
-        else:
-            metrics.extend(_classification(s, folder, shots, drawn, held_out, seed))
-            metrics.extend(_localisation(s, folder, drawn or shots, held_out, seed))
-    return folder.record("downstream")
-
-
-def confusion(s: Study, method: str) -> np.ndarray | None:
-    """The confusion matrix of a method summed over seeds (rows true, columns predicted); None with one defect type."""
-    rows = [row for seed in s.seeds for row in downstream(s, method, seed)["metrics"] if row["metric"] == "accuracy"]
-    counts = [row["protocol"]["confusion"] for row in rows if row["value"] is not None]
-    return np.sum(counts, axis=0) if counts else None
-
-
-def _classification(s: Study, folder: RunFolder, shots: list, drawn: list, held_out: list, seed: int) -> list[dict]:
-    """Defect classification: base set merged with the samples (DefectSynth, Section V-A.2)."""
-    settings = s.settings.downstream.classifier
-    train = [*shots, *drawn]
-    test = [item for item in held_out if item[2] != "good"]
-    protocol = {
-        "task": "classification", **settings.model_dump(), "selection": models.SELECTION, "n_real": len(test),
-        "n_train_real": len(shots), "n_generated": len(drawn), "classes": list(s.defects), "image_size": s.size,
-    }  # fmt: skip
-    if len(s.defects) < 2:
-        reason = {"why_withheld": "one defect type: there is nothing to tell apart"}
-        return [{"metric": m, "value": None, "protocol": protocol | reason} for m in ("accuracy", "f1_macro")]
-    labels = torch.tensor([s.defects.index(item.defect) for item in train])
-    model, curve = models.train_classifier(
-        torch.stack([i.image for i in train]), labels, len(s.defects), settings, seed
-    )
-    probability = models.predict_classes(model, torch.stack([image for image, *_ in test]))
-    table = pd.DataFrame(probability.numpy(), columns=[f"p_{d}" for d in s.defects])
-    table.insert(0, "id", [name for *_, name in test])
-    table.insert(1, "true", [defect for *_, defect, _ in test])
-    table.insert(2, "predicted", [s.defects[i] for i in probability.argmax(1).tolist()])
-    paths.write_text(folder.path / "predictions" / "classification.csv", table.to_csv(index=False))
-    scores = regions.classification_metrics(table["true"].tolist(), table["predicted"].tolist(), list(s.defects))
-    protocol |= {"final_loss": curve[-1], "confusion": scores["confusion"]}
-    rows = [{"metric": m, "value": scores[m], "protocol": protocol} for m in ("accuracy", "f1_macro")]
-    for defect, own in regions.by_defect(scores["confusion"], list(s.defects)).items():
-        told = {"task": "classification", "n_real": sum(name == defect for *_, name, _ in test)}
-        rows += [
-            {"metric": m + regions.BY_DEFECT, "value": v, "defect": defect, "protocol": told} for m, v in own.items()
-        ]
-    return rows
-
-
-def _localisation(s: Study, folder: RunFolder, train: list, held_out: list, seed: int) -> list[dict]:
-    """Defect localisation, scored per pixel and per image (DefectSynth, Section V-A.2)."""
-    settings = s.settings.downstream.localiser
-    real, offered = isinstance(train[0], Shot), len(train)
-    # A drawn pair whose mask is empty, full or of no real one's size would teach a defect that is none.
-    train = [item for item in train if real or sampling.teaches(item)]
-    if real:
-        model, points = reader(s, seed)
-        curve = [loss for _, loss in points]
-    else:
-        pictures, masks = sampling.stack(train)
-        model, curve = models.train_localiser(pictures, masks, torch.stack(s.normals(seed)), settings, seed)
-    maps = models.predict_maps(model, torch.stack([image for image, *_ in held_out])).numpy()
-    truth = torch.cat([mask for _, mask, *_ in held_out]).numpy()
-    target = folder.path / "predictions" / "localisation.npz"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    names = np.array([f"{defect}/{name}" for _, _, defect, name in held_out])
-    with open(target.with_suffix(".part"), "wb") as file:
-        np.savez_compressed(file, maps=maps.astype(np.float16), names=names)
-    target.with_suffix(".part").replace(target)
-    protocol = {
-        "task": "localisation", **settings.model_dump(), "selection": models.SELECTION, "n_real": len(held_out),
-        "n_train_real": len(train) if real else 0, "n_generated": 0 if real else len(train),
-        "left_out": offered - len(train), "image_size": s.size, "final_loss": curve[-1],
-        "pro_limit": regions.PRO_LIMIT, "n_instances": len(regions.instances(truth)),
-    }  # fmt: skip
-    rows = _region_scores(maps, truth, protocol)
-    labels = np.array([defect for _, _, defect, _ in held_out])
-    for defect in s.defects:  # against all normals
-        own = (labels == defect) | (labels == "good")
-        told = {"task": "localisation", "n_real": int(own.sum()), "n_instances": len(regions.instances(truth[own]))}
-        rows += [
-            row | {"metric": row["metric"] + regions.BY_DEFECT, "defect": defect}
-            for row in _region_scores(maps[own], truth[own], told)
-        ]
-    return rows
-
-
-def _region_scores(maps: np.ndarray, truth: np.ndarray, protocol: dict) -> list[dict]:
-    """Per pixel, per image and per instance; maps (N, H, W) in [0, 1], truth bool."""
-    scores = (
-        regions.pixel_metrics(maps, truth)
-        | regions.image_metrics(regions.image_scores(maps), truth.any(axis=(1, 2)))
-        | regions.instance_metrics(maps, truth)
-    )
-    if undefined := regions.why_undefined(truth):
-        protocol = protocol | {"why_withheld": undefined}
-    return [{"metric": name, "value": value, "protocol": protocol} for name, value in scores.items()]

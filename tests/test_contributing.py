@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from defectlib import params, paths, stages, study
+from defectlib import evaluation, params, paths, stages, study
 from defectlib.data.catalog import DATASETS
 from defectlib.methods import base
 
@@ -51,7 +51,7 @@ def test_a_data_set_and_a_method_from_outside_run_through_all_stages(tmp_path, s
     s = study.open_category(params.validate(given))
     assert (s.category, s.defects) == ("bolt", ("dent", "rust"))
     assert stages.quality(s, "shade", 0)["metrics"]
-    assert stages.downstream(s, "shade", 0)["metrics"]
+    assert evaluation.downstream(s, "shade", 0)["metrics"]
     found = study.results(s.parameters, [s.category])
     assert set(found["stage"]) == {"fit", "sample", "quality", "downstream"} and set(found["method"]) == {"shade"}
     drawn = found[found["metric"] == "bad_samples"]["value"]

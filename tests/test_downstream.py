@@ -8,6 +8,7 @@ from defectlib.params import TrainSettings
 SETTINGS = TrainSettings(
     architecture="resnet34", pretrained=False, epochs=None, steps=12, batch_size=8, learning_rate=1e-3
 )
+LOCALISER = SETTINGS.model_copy(update={"architecture": "smp-unet-resnet18"})
 
 
 def discs(n, seed):
@@ -71,3 +72,66 @@ def test_localiser_learns_where_the_disc_is():
     assert maps.shape == (8, 32, 32) and maps.min() >= 0 and maps.max() <= 1
     assert maps[truth[:, 0]].mean() > maps[~truth[:, 0]].mean() + 0.3
     assert torch.allclose(downstream.predict_maps(model, test, batch_size=3), maps, atol=1e-5)
+
+
+def test_checkpoints_change_nothing_in_a_training_and_the_earliest_of_the_best_is_taken():
+    images, masks, labels = discs(16, 0)
+    test, _, _ = discs(4, 1)
+    seen, values = [], iter([0.2, 0.9, 0.9, 0.1])
+
+    def score(model):
+        torch.randn(3)  # what a score draws is not missed by the training
+        seen.append(downstream.predict_classes(model, test))
+        return next(values)
+
+    plain, losses = downstream.train_classifier(images, labels, 2, SETTINGS, seed=0)
+    looked = downstream.Checkpoints(4, score)
+    best, same = downstream.train_classifier(images, labels, 2, SETTINGS, 0, looked)
+    assert same == losses and torch.equal(seen[-1], downstream.predict_classes(plain, test)), (
+        "the last is the plain model"
+    )
+    assert looked.scores == [(3, 0.2), (6, 0.9), (9, 0.9), (12, 0.1)], "evenly, the last at the end"
+    assert torch.equal(downstream.predict_classes(best, test), seen[1]) and not torch.equal(seen[1], seen[2])
+    few = downstream.Checkpoints(5, lambda model: 0.0)
+    downstream.train_localiser(images, masks, images[:2], LOCALISER.model_copy(update={"steps": 2}), 0, few)
+    assert [step for step, _ in few.scores] == [1, 2], "a training of two steps has two"
+
+
+def test_a_seeded_tenth_of_each_defect_is_held_back():
+    defects = ["a"] * 30 + ["b"] * 4 + ["c"]
+    back = downstream.held_back(defects, seed=0)
+    assert [int(back[np.array(defects) == d].sum()) for d in "abc"] == [3, 1, 1]
+    assert (downstream.held_back(defects, seed=0) == back).all()
+    assert any((downstream.held_back(defects, seed=seed) != back).any() for seed in (1, 2))
+
+
+def test_the_paper_scale_localiser_is_near_draems():
+    """DRAEM's discriminative sub-network, base 64, 3 channels in and 1 out, by its layers: (in, out) a convolution."""
+    model = downstream.build_localiser(SETTINGS.model_copy(update={"architecture": "smp-unet-vgg13_bn"}))
+    down = [(3, 64), (64, 64), (64, 128), (128, 128), (128, 256), (256, 256), (256, 512), (512, 512), *[(512, 512)] * 4]
+    up = [(512, 512), (1024, 512), (512, 512), (512, 256), (768, 256), (256, 256), (256, 128), (384, 128), (128, 128)]
+    up += [(128, 64), (192, 64), (64, 64), (64, 64), (128, 64), (64, 64)]
+    draem = sum(9 * a * b + 3 * b for a, b in down + up) + 9 * 64 + 1
+    ours = sum(p.numel() for p in model.parameters())
+    assert (draem, ours) == (28_371_841, 25_158_529), "what the docstring states"
+    layers = [*model.encoder.modules(), *model.decoder.center.modules()]
+    layers = [(m.in_channels, m.out_channels) for m in layers if isinstance(m, torch.nn.Conv2d)]
+    assert layers == down, "the way down is DRAEM's"
+    assert {block.interpolation_mode for block in model.decoder.blocks} == {"bilinear"}
+
+
+def test_the_paper_scale_localiser_trains_and_takes_512_px():
+    images, masks, _ = discs(10, 0)
+    wide = torch.nn.functional.interpolate
+    images, masks = wide(images, 64), wide(masks.float(), 64) > 0
+    settings = SETTINGS.model_copy(update={"architecture": "smp-unet-vgg13_bn", "steps": 2, "batch_size": 4})
+    model, curve = downstream.train_localiser(images, masks, images[:4], settings, seed=0)
+    norms = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    assert len(curve) == 2 and all(int(m.num_batches_tracked) == 1 for m in norms), "14 images, one batch, anew"
+    assert downstream.predict_maps(model, torch.zeros(1, 3, 512, 512)).shape == (1, 512, 512)
+
+
+@pytest.mark.parametrize("name", ["smp-unet-resnet18", "smp-unet-vgg13_bn"])
+def test_weights_that_are_not_here_are_refused(name):
+    with pytest.raises(ValueError, match=f"no weights for {name} here: set pretrained to false"):
+        TrainSettings(**SETTINGS.model_dump() | {"architecture": name, "pretrained": True})

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from defectlib import params, sampling, stages, study
+from defectlib import evaluation, params, sampling, stages, study
 from defectlib.metrics import features, nearest
 
 NAME = "crop_paste_filtered"
@@ -36,7 +36,7 @@ def test_what_is_kept_is_measured_and_learned_from_like_any_run(tiny_parameters)
     s = study.open_category(tiny_parameters)
     rows = {m["metric"]: m for m in stages.quality(s, NAME, 0)["metrics"]}
     assert rows["tiny-lpips"]["protocol"]["n_generated"] == 2
-    scores = {m["metric"]: m for m in stages.downstream(s, NAME, 0)["metrics"]}
+    scores = {m["metric"]: m for m in evaluation.downstream(s, NAME, 0)["metrics"]}
     assert scores["pixel_ap"]["protocol"]["n_generated"] == 2 * len(s.defects)
 
 

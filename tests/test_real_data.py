@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from defectlib import images, params, stages, study
+from defectlib import evaluation, images, params, stages, study
 from defectlib.data import layouts, splits
 from defectlib.report import build
 
@@ -44,6 +44,6 @@ def test_all_stages_run_on_real_images(dataset, folder, shared, tmp_path):
     assert sorted(cells)[len(cells) // 2] >= 4 * 0.9, "the median defect covers four latent cells"
     stages.quality(s, "crop_paste", 0)
     for method in (study.SHOTS_ONLY, "crop_paste"):
-        stages.downstream(s, method, 0)
+        evaluation.downstream(s, method, 0)
     page = build.report({"parameters": parameters.model_dump(exclude_none=True), "categories": [s.category]})
     assert page.is_file() and str(tmp_path) in str(page), "real pixels stay out of figures/"

@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from defectlib import batch, params, paths, stages, study
+from defectlib import batch, evaluation, params, paths, stages, study
 from defectlib.runs import RunFolder
 
 FAST = ["--profile", "smoke", "--cores", "2"]
@@ -62,7 +62,7 @@ def test_a_killed_batch_goes_on_where_it_stopped(tiny_mini, tmp_path):
         "runs_root": str(tmp_path / "undisturbed"),
     }  # fmt: skip
     s = study.open_category(params.validate(undisturbed))
-    for stage in (stages.quality, stages.downstream):
+    for stage in (stages.quality, evaluation.downstream):
         values = [m["value"] for m in stage(s, "crop_paste", 0)["metrics"]]
         ours = RunFolder(folder / category / "crop_paste" / "s0").record(stage.__name__)
         assert [m["value"] for m in ours["metrics"]] == values, "equal to an undisturbed run's"

@@ -1,16 +1,13 @@
 import shutil
 from collections import Counter
 
-import numpy as np
 import pandas as pd
 import pytest
 import torch
 
-from defectlib import images, prepare, sampling, stages, study
+from defectlib import evaluation, images, prepare, sampling, stages, study
 from defectlib.masks import sources
 from defectlib.masks.interpolation import NoMask
-from defectlib.metrics import regions
-from defectlib.runs import STAGES
 
 
 def test_stages_make_what_they_lack_once(tiny_parameters):
@@ -23,50 +20,6 @@ def test_stages_make_what_they_lack_once(tiny_parameters):
     names = {m["metric"] for m in record["metrics"]}
     assert {"tiny-kid", "tiny-is", "tiny-lpips", "tiny-ic-lpips"} <= names
     assert {m["defect"] for m in record["metrics"]} == set(s.defects)
-
-
-def test_downstream_has_the_shots_only_row(tiny_parameters):
-    s = study.open_category(tiny_parameters)
-    for method in (study.SHOTS_ONLY, "crop_paste"):
-        record = stages.downstream(s, method, 0)
-        values = {m["metric"]: m["value"] for m in record["metrics"]}
-        assert 0 <= values["accuracy"] <= 1 and 0 <= values["pixel_auroc"] <= 1
-    assert not s.folder(study.SHOTS_ONLY, 0).stage_file("sample").exists()
-    found = study.results(tiny_parameters, [s.category])
-    assert set(found["method"]) == {study.SHOTS_ONLY, "crop_paste"} and set(found["stage"]) == set(STAGES) - {"quality"}
-    trained = found[found["metric"] == "pixel_ap"].set_index("method")["protocol"]
-    assert '"n_generated": 0' in trained[study.SHOTS_ONLY] and '"n_train_real": 0' in trained["crop_paste"]
-
-
-def test_downstream_scores_every_defect_by_itself_under_names_of_their_own(tiny_parameters):
-    s = study.open_category(tiny_parameters)
-    rows = stages.downstream(s, study.SHOTS_ONLY, 0)["metrics"]
-    single = [row for row in rows if row["metric"].endswith(regions.BY_DEFECT)]
-    assert {row["defect"] for row in single} == set(s.defects) and not any(
-        "defect" in r for r in rows if r not in single
-    )
-    value = {(row["metric"], row.get("defect")): row["value"] for row in rows}
-    f1 = [value["f1_macro" + regions.BY_DEFECT, d] for d in s.defects]
-    assert np.mean(f1) == pytest.approx(value["f1_macro", None]), "the macro F1 is their mean"
-    shown = {row["protocol"]["n_real"] for row in single if row["metric"] == "pixel_ap" + regions.BY_DEFECT}
-    whole = next(row for row in rows if row["metric"] == "pixel_ap")["protocol"]["n_real"]
-    assert max(shown) < whole, "one defect and all normals, not all defects"
-    kept = np.load(s.folder(study.SHOTS_ONLY, 0).path / "predictions" / "localisation.npz")
-    d, held = s.defects[0], s.held_out(0)
-    own = [i for i, (*_, name, _) in enumerate(held) if name in (d, "good")]
-    truth = torch.cat([held[i][1] for i in own]).numpy()
-    by_hand = regions.pixel_metrics(kept["maps"][own].astype(np.float32), truth)["pixel_ap"]
-    assert value["pixel_ap" + regions.BY_DEFECT, d] == pytest.approx(by_hand, abs=2e-3), (
-        "maps are kept in half precision"
-    )
-
-
-def test_a_split_that_holds_nothing_out_withholds_its_scores(tiny_parameters):
-    s = study.open_category(tiny_parameters.model_copy(update={"split": "all_shots"}))
-    metrics = stages.downstream(s, study.SHOTS_ONLY, 0)["metrics"]
-    assert {m["metric"] for m in metrics} == set(stages.WITHHELD) and all(m["value"] is None for m in metrics)
-    assert all("'all_shots' holds no defect image of brick out" in m["protocol"]["why_withheld"] for m in metrics)
-    assert stages.confusion(s, study.SHOTS_ONLY) is None
 
 
 def test_variants_draw_with_the_fit_of_their_method(tiny_parameters, monkeypatch):
@@ -175,7 +128,7 @@ def test_a_defect_without_a_mask_is_withheld_and_the_others_are_drawn(tiny_param
     rows = stages.quality(s, name, 0)["metrics"]
     assert {m["metric"] for m in rows if m["defect"] == s.defects[0]} == {m["metric"] for m in rows}
     assert all(m["value"] is None for m in rows if m["defect"] == s.defects[0])
-    scores = stages.downstream(s, name, 0)["metrics"]
+    scores = evaluation.downstream(s, name, 0)["metrics"]
     assert all(m["value"] is None and "some defects" in m["protocol"]["why_withheld"] for m in scores)
     report = pd.read_csv(s.folder(name, 0).path / "samples.csv")
     assert len(report) == n
@@ -217,7 +170,7 @@ def test_masks_are_seen_by_a_localiser_of_the_shots_that_is_trained_once(tiny_pa
     rows = stages.quality(s, "crop_paste", 0)["metrics"]
     values = {row["defect"]: row["value"] for row in rows if row["metric"] == stages.SEEN}
     assert set(values) == set(s.defects) and all(0 <= value <= 1 for value in values.values())
-    record = stages.downstream(s, study.SHOTS_ONLY, 0)
+    record = evaluation.downstream(s, study.SHOTS_ONLY, 0)
     assert trained == [len(s.shots(0))], "the row of the shots is the reader"
     model, curve = stages.reader(s, 0)
     loss = next(m for m in record["metrics"] if m["metric"] == "pixel_ap")["protocol"]["final_loss"]

@@ -26,6 +26,8 @@ ROOMS = [
         "runs",
         "study",
         "stages",
+        "evaluation",
+        "learning",
         "export",
         "leaks",
     ),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import io
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullLocator
@@ -28,6 +30,7 @@ from defectlib.report.tables import scale
 STYLE = Path(__file__).with_name("style.mplstyle")
 REFERENCE = "shots_only"
 PNG_DPI = 200
+LEARNING_AXES = {"samples": "samples of each defect (0: shots alone)", "shots": "shots of each defect"}
 
 
 def style() -> None:
@@ -312,3 +315,68 @@ def spread(frame: pd.DataFrame, x: str, y: str, hue: str) -> Figure:
     axes.set(xlabel=x, ylabel=y)
     figure.legend(loc="outside upper left", ncols=len(names))
     return _settled(figure)
+
+
+@_styled
+def chosen(frame: pd.DataFrame, x: str, y: str, hue: str, picks: Mapping[str, tuple[float, float]]) -> Figure:
+    """Lines of ``y`` over ``x``, one a value of ``hue``, and which points were picked, each named at its ring.
+
+    Args:
+        frame: Long, one row a point.
+        x: Column of the horizontal axis.
+        y: Column of the vertical axis.
+        hue: Column whose values are the lines.
+        picks: Name -> (x, y); names of one point share its ring.
+    """
+    figure = Picture(figsize=(6.4, 3.0), layout="constrained")
+    axes = figure.add_subplot()
+    for name in _ordered(frame[hue]):
+        some = frame[frame[hue] == name]
+        axes.plot(some[x], some[y], marker="o", label=name)
+    for point in dict.fromkeys(picks.values()):
+        names = "\n".join(name for name, picked in picks.items() if picked == point)
+        axes.plot(*point, "o", markersize=12, markerfacecolor="none", color="#222222")
+        axes.annotate(names, point, xytext=(0, 9), textcoords="offset points", ha="center", fontsize=8)
+    axes.margins(x=0.12, y=0.3)
+    axes.set(xlabel=x, ylabel=y, xticks=sorted(frame[x].unique()))
+    figure.legend(loc="outside upper left", ncols=2)
+    return _settled(figure)
+
+
+@_styled
+def learning(frame: pd.DataFrame) -> Figure:
+    """Learning curves, a row a metric, a column an axis: mean and sd over seeds as a line, the single seeds as dots.
+
+    Args:
+        frame: Long, one row a seed; columns metric, axis ("samples" or "shots"), n, method, value.
+
+    Raises:
+        ValueError: No number to show.
+    """
+    frame = frame[frame["value"].notna()]
+    if frame.empty:
+        raise ValueError("there is no number to show: run the learning curve first")
+    metrics, methods = _ordered(frame["metric"]), _ordered(frame["method"])
+    columns, colours = [axis for axis in LEARNING_AXES if axis in set(frame["axis"])], _colours(methods)
+    figure = Picture(figsize=(0.4 + 3 * len(columns), 0.5 + 2.3 * len(metrics)), layout="constrained")
+    grid = figure.subplots(len(metrics), len(columns), squeeze=False, sharey="row", sharex="col")
+    for (row, metric), (column, axis) in itertools.product(enumerate(metrics), enumerate(columns)):
+        axes, part = grid[row, column], frame[(frame["metric"] == metric) & (frame["axis"] == axis)]
+        sizes = sorted(frame.loc[frame["axis"] == axis, "n"].unique())
+        present = [method for method in methods if method in set(part["method"])]
+        for i, method in enumerate(present):
+            shift = (i - (len(present) - 1) / 2) * 0.08
+            _line(axes, part[part["method"] == method], sizes, shift, colours[method])
+        axes.set_xticks(range(len(sizes)), sizes)
+        axes.set_xlabel(LEARNING_AXES[axis] if row == len(metrics) - 1 else "")
+        axes.set_ylabel(layout.metric_title(metric).removesuffix(" ↑") if column == 0 else "")
+    figure.legend(*_legend_entries(methods, colours), loc="outside upper left", ncols=min(3, len(methods)))
+    return _settled(figure)
+
+
+def _line(axes: Axes, some: pd.DataFrame, sizes: list, shift: float, colour: str) -> None:
+    """One method's curve over evenly spaced ``sizes``, moved aside by ``shift`` so that bars do not hide each other."""
+    axes.plot(some["n"].map(sizes.index) + shift, some["value"], ".", color=colour, alpha=0.4, markersize=5)
+    grouped = some.groupby("n")["value"]
+    at = [sizes.index(n) + shift for n in grouped.mean().index]
+    axes.errorbar(at, grouped.mean(), yerr=grouped.std().fillna(0), fmt="-o", color=colour, capsize=2.5, markersize=4)

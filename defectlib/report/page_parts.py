@@ -56,6 +56,8 @@ CAPTIONS = {
     "confusion": "Which defects the classifier confuses, summed over seeds.",
     "worst_misses": "The held-out defects that the localiser found least: image, truth, prediction.",
     "quality_intervals": "Measures of quality with their 95 % intervals, by defect and method; dots are single seeds.",
+    "checkpoints": "One training of the localiser, scored along the way, and what each rule would have tested.",
+    "learning_curve": "Scores over the number of samples, and of shots, of each defect; as many optimiser steps each.",
     "kid_spread": "How much KID moves with the number of images: every dot is one random subset.",
     "backbone_curves": "The base model's training: the loss of the autoencoder and of the UNet.",
     "vae_round_trip": "Real defects through the base model's autoencoder and back, and the error.",

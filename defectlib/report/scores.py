@@ -18,7 +18,7 @@ from torch import Tensor
 
 from defectlib import paths, sampling, stages, training
 from defectlib.metrics import features, nearest, perceptual
-from defectlib.study import SHOTS_ONLY, Study
+from defectlib.study import Study
 from defectlib.types import Sample
 
 
@@ -60,11 +60,10 @@ def _run(s: Study, method: str, seed: int) -> _Run:
     folder = s.folder(method, seed)
     if folder.record("sample") is None:
         raise FileNotFoundError(f"{folder.stage_file('sample')} is missing: draw the samples first (06_generation)")
-    data, reader = s.data_key(seed), s.folder(SHOTS_ONLY, seed).path / "reader.safetensors"
-    # As stages.reader asks for it, which trains it where it is missing.
-    kept = training.kept_curve(reader, [s.settings.downstream.localiser.model_dump(), data, seed]) is not None
+    reader, asked = stages.kept_reader(s, seed)
+    kept = training.kept_curve(reader, asked) is not None
     drawn = paths.sha256(folder.stage_file("sample"))
-    return _Run(folder.path, seed, drawn, data, paths.sha256(reader) if kept else "", s)
+    return _Run(folder.path, seed, drawn, s.data_key(seed), paths.sha256(reader) if kept else "", s)
 
 
 def scores(s: Study, method: str, seed: int) -> pd.DataFrame:

@@ -19,6 +19,7 @@ REASONS = {
     "other_machine": "time on another machine than the paper's",
     "reduced_scale": "a small profile, not the paper's model, resolution and training",
     "undefined_in_paper": "the paper prints no such number, or does not say which variant of the measure it used",
+    "chosen_checkpoint": "a checkpoint was chosen instead of the last step, by the rule that the protocol names",
     "dirty": "the code had uncommitted changes",
 }
 

@@ -7,6 +7,7 @@ metric's name holds its extractor.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pandas as pd
@@ -19,7 +20,7 @@ from defectlib.report.specs import SPECS, Spec, explain
 NAMES = tuple(published.FILES)
 KEY = ["dataset", "category", "method", "metric"]
 COLUMNS = [*KEY, "unit", "published", "reproduced", "sd", "n", "delta", "why"]
-OURS = [*KEY, "reproduced", "sd", "n", "gaps", "dirty", "split", "profile"]
+OURS = [*KEY, "reproduced", "sd", "n", "gaps", "chosen", "dirty", "split", "profile"]
 NEEDED = {"profile", "split", "dataset", "category", "method", "seed", "defect", "metric", "value", "dirty"}
 SPLITS = ("all_shots", "first_third", "random_thirds", "ten_shots")
 # What AdaBLDM's abstract has as gains, and the score that gained.
@@ -98,11 +99,13 @@ def _reproduced(results: pd.DataFrame, spec: Spec, printed: pd.DataFrame) -> pd.
     rows = rows[rows["split"] == rows["dataset"].map(_chosen_splits(rows, spec))]
     kinds = rows["metric"].map(published.kind)
     rows = rows.assign(value=pd.to_numeric(rows["value"]) * kinds.map(scale), dirty=rows["dirty"].astype(bool))
+    rows["chosen"] = rows["protocol"].map(_was_chosen) if "protocol" in rows else False
     rows = pd.concat([_as_hours(rows, printed), *_gains(rows, spec)], ignore_index=True)
     # First over the defects of a seed, as the paper averages.
     per_seed = rows.groupby(["profile", "split", *KEY, "seed"], sort=True).agg(
-        value=("value", "mean"), gaps=("value", lambda v: v.isna().any()), dirty=("dirty", "any")
-    )
+        value=("value", "mean"), gaps=("value", lambda v: v.isna().any()), chosen=("chosen", "any"),
+        dirty=("dirty", "any"),
+    )  # fmt: skip
     per_seed = per_seed.reset_index()
     averages = _averages(per_seed, spec, printed) if spec.rows != "category" else per_seed.iloc[:0]
     if spec.rows == "average":
@@ -115,7 +118,12 @@ def _reproduced(results: pd.DataFrame, spec: Spec, printed: pd.DataFrame) -> pd.
         whole = pd.concat([per_seed[~again], averages], ignore_index=True)
     grouped = whole.groupby(["profile", "split", *KEY], sort=False)
     columns = {"reproduced": ("value", "mean"), "sd": ("value", "std"), "n": ("value", "count")}
-    return grouped.agg(**columns, gaps=("gaps", "any"), dirty=("dirty", "any")).reset_index()
+    return grouped.agg(**columns, **{mark: (mark, "any") for mark in ("gaps", "chosen", "dirty")}).reset_index()
+
+
+def _was_chosen(protocol: str) -> bool:
+    """Whether a downstream model was another than the one of the last step."""
+    return not json.loads(protocol).get("selection", "last").startswith("last")
 
 
 def _belongs(results: pd.DataFrame, spec: Spec, printed: pd.DataFrame) -> pd.Series:
@@ -164,8 +172,8 @@ def _gains(rows: pd.DataFrame, spec: Spec) -> list[pd.DataFrame]:
         ]
         ours, theirs = (one.loc[of[0].index.intersection(of[1].index)] for one in of)
         if gain in spec.kinds and len(ours):
-            more = {"value": ours["value"] - theirs["value"], "dirty": ours["dirty"] | theirs["dirty"], "metric": gain}
-            found.append(ours.assign(**more).reset_index())
+            marks = {mark: ours[mark] | theirs[mark] for mark in ("chosen", "dirty")}
+            found.append(ours.assign(value=ours["value"] - theirs["value"], metric=gain, **marks).reset_index())
     return found
 
 
@@ -178,7 +186,7 @@ def _averages(per_seed: pd.DataFrame, spec: Spec, printed: pd.DataFrame) -> pd.D
         inside = valued[valued["category"].isin(needed)]
         complete = inside.groupby(["method", "seed"])["category"].transform("nunique") == len(needed)
         means = inside[complete].groupby(["profile", "split", "dataset", "method", "metric", "seed"], sort=True).agg(
-            value=("value", "mean"), gaps=("gaps", "any"), dirty=("dirty", "any")
+            value=("value", "mean"), gaps=("gaps", "any"), chosen=("chosen", "any"), dirty=("dirty", "any")
         )  # fmt: skip
         own_name = len(needed) == 1 and dataset not in set(printed["dataset"])
         if own_name and spec.rows == "both":
@@ -216,8 +224,8 @@ def _counts(manifests: pd.DataFrame | None) -> pd.DataFrame:
             value = some.min() if metric.endswith("min") else some.max()
             rows.append({
                 "dataset": dataset, "category": category, "method": "", "metric": metric, "reproduced": float(value),
-                "n": 1, "gaps": False, "dirty": False, "split": "other" if dataset in held_out else "all_shots",
-                "profile": "paper",
+                "n": 1, "gaps": False, "chosen": False, "dirty": False, "profile": "paper",
+                "split": "other" if dataset in held_out else "all_shots",
             })  # fmt: skip
     return pd.DataFrame(rows, columns=OURS).astype({"sd": float})
 
@@ -249,6 +257,8 @@ def _reasons(row, spec: Spec, published_for: set[str], started: set[tuple[str, s
         found.append("other_split")
     if row.dataset == "gdxray":
         found.append("other_crops")
+    if row.chosen:
+        found.append("chosen_checkpoint")
     if row.dirty:
         found.append("dirty")
     return found

@@ -171,8 +171,39 @@ def charts():
         "curves": figures.curves(numbers, x="n", y="kid", hue="pair"),
         "strip": figures.strip(numbers.assign(kid=numbers["kid"] + 0.01), x="kid", y="pair", line=0.053, log=True),
         "spread": figures.spread(numbers, x="n", y="kid", hue="pair"),
+        "chosen": figures.chosen(
+            numbers, x="n", y="kid", hue="pair", picks={"a": (4, 0.0), "b": (8, 1.0), "c": (4, 0.0)}
+        ),
+        "learning": figures.learning(scores().assign(axis="samples", n=4)),
         "sheet": figures.sheet([[image(), mask()]], row_labels=["x"], outline_masks=[[mask(), None]]),
     }
+
+
+def test_learning_curves_share_their_scale_and_mark_every_seed():
+    rows = [
+        ("pixel_ap", axis, n, method, seed, 10.0 * n + seed)
+        for axis, numbers in (("shots", (2, 8)), ("samples", (0, 4)))
+        for n in numbers for method in ("shots_only", "crop_paste") for seed in (0, 1)
+        if (axis, method) != ("samples", "shots_only")
+    ]  # fmt: skip
+    frame = pd.DataFrame(rows, columns=["metric", "axis", "n", "method", "seed", "value"])
+    samples, shots = figures.learning(frame).axes
+    assert (samples.get_xlabel(), shots.get_xlabel()) == tuple(figures.LEARNING_AXES.values())
+    assert samples.get_ylim() == shots.get_ylim()
+    dots = [line.get_ydata().tolist() for line in samples.lines if line.get_marker() == "."]
+    assert dots == [[0, 1, 40, 41]], "one method over samples, two seeds a point"
+    (bars,) = samples.containers
+    assert bars.lines[0].get_ydata().tolist() == [0.5, 40.5]
+    with pytest.raises(ValueError, match="no number to show"):
+        figures.learning(frame.assign(value=np.nan))
+
+
+def test_rules_that_pick_one_point_share_its_ring():
+    frame = pd.DataFrame({"step": [1, 2, 1, 2], "ap": [1.0, 2.0, 3.0, 4.0], "on": ["test", "test", "b", "b"]})
+    (axes,) = figures.chosen(frame, "step", "ap", "on", {"last": (2, 2.0), "other": (1, 1.0), "oracle": (2, 2.0)}).axes
+    assert [text.get_text() for text in axes.texts] == ["last\noracle", "other"]
+    rings = [line.get_xydata().tolist() for line in axes.lines if line.get_markerfacecolor() == "none"]
+    assert rings == [[[2, 2]], [[1, 1]]]
 
 
 def test_saved_files_are_byte_stable(tmp_path, monkeypatch):

@@ -127,6 +127,16 @@ def test_profiles_never_mix():
         tables.build(frame({}, {"profile": "paper"}), "table_2")
 
 
+def test_a_model_that_was_chosen_is_marked():
+    row = {"metric": "pixel_ap", "defect": "", "dataset": "mini", "stage": "downstream"}
+    for rule, marked in (("last step, as runs have it", False), ("last: the last", False), ("test_oracle: best", True)):
+        results = frame(row, row | {"seed": 1, "protocol": json.dumps({"selection": rule})})
+        found = one(tables.build(results, "table_9"), dataset="mini", metric="pixel_ap")
+        assert ("chosen_checkpoint" in why(found)) == marked
+    gain = frame(*(row | {"method": m, "protocol": json.dumps({"selection": rule})} for m in ("adabldm", "crop_paste")))
+    assert "chosen_checkpoint" in why(one(tables.build(gain, "headline"), metric="ap_gain", dataset="mini"))
+
+
 def test_dirty_is_marked():
     row = one(tables.build(frame({"seed": 0}, {"seed": 1, "dirty": True}), "table_2"), dataset="mini")
     assert why(row)[-1] == "dirty"
