@@ -4,8 +4,9 @@ The magnetic tile set shows each tile under up to six exposures (``exp1`` ... ``
 together. Its names tell: ``num`` is a frame counter, the exposures of a tile follow each other some 20 frames apart,
 and a tile that was taken again lies at most some 1,200 frames on. Masks alone mislead: joining all that overlap by more
 than 0.4 makes one group of 70 images, because large uneven areas overlap by chance. Pictures tell the rest: of the
-pairs that names and masks leave apart, 94 are alike by more than ``ALIKE``, one of them of two defects, where by chance
-half would be; from 0.85 down different tiles begin to join.
+pairs that names and masks leave apart, 94 are alike by more than ``ALIKE``, and only one of these 94 is of two defects,
+where half of all pairs are; within ``NEAR`` frames seven are alike by more than ``ALIKE_NEAR``, none of two defects.
+Below these bounds different tiles begin to join, so a repeat that looks otherwise can stay apart.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ FRAME = re.compile(r"^exp(\d+)_num_(\d+)$")
 FRAME_GAP = 150
 FRAME_REACH = 2000
 OVERLAP = 0.4
-ALIKE, SHIFT = 0.9, 2
-"""Correlation of two pictures' structures above which they show one piece, and the px they may be shifted by."""
+ALIKE, NEAR, ALIKE_NEAR, SHIFT = 0.9, 400, 0.6, 2
+"""Likeness above which two pictures show one piece, wherever and within NEAR frames; px they may be shifted by."""
 GRID = 128
 
 
@@ -64,7 +65,8 @@ def groups(ids: list[str], masks: list[np.ndarray | None], structures: np.ndarra
 
     Two images are joined where their frame numbers follow each other within ``FRAME_GAP`` in the sorted list of all
     frames, where their masks overlap by more than ``OVERLAP`` and they lie at most ``FRAME_REACH`` frames apart, or
-    where the pictures are alike by more than ``ALIKE``. Images whose name gives no frame are joined by the last two.
+    where the pictures are alike by more than ``ALIKE``, or by ``ALIKE_NEAR`` within ``NEAR`` frames. Images whose name
+    gives no frame are joined by their masks and by ``ALIKE``.
 
     Args:
         ids: Names such as ``exp1_num_108719``.
@@ -86,8 +88,11 @@ def groups(ids: list[str], masks: list[np.ndarray | None], structures: np.ndarra
             near = frames[i] is None or frames[j] is None or abs(frames[i] - frames[j]) <= FRAME_REACH
             if near and sets.find(i) != sets.find(j) and overlap(own, other) > OVERLAP:
                 sets.join(i, j)
-    for i, j in likeness.repeats(structures, ALIKE, SHIFT):
-        sets.join(i, j)
+    alike = likeness.among(structures, SHIFT)
+    for i, j in np.argwhere(np.triu(alike > ALIKE_NEAR, 1)).tolist():
+        near = frames[i] is not None and frames[j] is not None and abs(frames[i] - frames[j]) <= NEAR
+        if near or alike[i, j] > ALIKE:
+            sets.join(i, j)
     return [sets.find(i) for i in range(len(ids))]
 
 

@@ -43,10 +43,10 @@ def likeness(first: NDArray, second: NDArray, shift: int = SHIFT) -> NDArray[np.
     return best
 
 
-def repeats(structures: NDArray, least: float, shift: int = SHIFT) -> list[tuple[int, int]]:
-    """The pairs (i, j), i < j, of one list (n, SIDE, SIDE) that are alike by more than ``least``.
+def among(structures: NDArray, shift: int = SHIFT) -> NDArray[np.float32]:
+    """:func:`likeness` of one list (n, SIDE, SIDE) with itself, (n, n), at half the cost.
 
-    As :func:`likeness` of the list with itself, at half the cost: a shift and its opposite give the same correlations.
+    A shift and its opposite give the same correlations.
     """
     all_of = _normalised(structures)
     flat, best = all_of.reshape(len(all_of), -1), np.full((len(all_of),) * 2, -1.0, np.float32)
@@ -54,7 +54,7 @@ def repeats(structures: NDArray, least: float, shift: int = SHIFT) -> list[tuple
         for dx in range(-shift if dy else 0, shift + 1):
             found = flat @ np.roll(all_of, (dy, dx), axis=(1, 2)).reshape(len(all_of), -1).T
             np.maximum(best, np.maximum(found, found.T), out=best)
-    return [(int(i), int(j)) for i, j in np.argwhere(np.triu(best > least, 1))]
+    return best
 
 
 def _normalised(structures: NDArray) -> NDArray[np.float32]:

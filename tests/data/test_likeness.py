@@ -25,14 +25,11 @@ def test_what_all_pictures_share_tells_nothing(picture):
     assert likeness.likeness(some[:6], some[6:])[apart].max() < 0.7
 
 
-def test_repeats_are_the_pairs_that_are_alike(picture):
+def test_a_list_with_itself_is_as_two_lists(picture):
     some = np.stack([likeness.structure(picture(k)) for k in (0, 1, 2, 0, 3, 4, 5, 6, 7, 8)])
     some[3] = np.roll(some[3], (1, -4), axis=(0, 1))
-    alike = likeness.likeness(some, some)
-    assert likeness.repeats(some, 0.9) == [(0, 3)]
-    among = [(int(i), int(j)) for i, j in np.argwhere(np.triu(alike > 0.05, 1))]
-    assert len(among) > 1 and likeness.repeats(some, 0.05) == among
-    assert likeness.repeats(some, 0.9, shift=1) == []
+    assert np.allclose(likeness.among(some), likeness.likeness(some, some), atol=1e-6)
+    assert likeness.among(some)[0, 3] > 0.9 > likeness.among(some, shift=1)[0, 3]
 
 
 def test_one_piece_under_two_exposures_is_one_group_however_far_apart_it_was_taken(picture):
@@ -48,3 +45,17 @@ def test_one_piece_under_two_exposures_is_one_group_however_far_apart_it_was_tak
     structures = np.stack([likeness.structure(one) for one in pictures])
     found = exposures.groups(ids, [None] * len(ids), structures)
     assert found == [0, 0, 0, 3, *range(4, 10)]
+
+
+def test_a_lesser_likeness_joins_what_was_taken_soon_after(picture):
+    """A picture seen through half of another: alike by more than 0.6 and less than 0.9."""
+    frames = [1000, 1300, 90000, *range(200000, 208000, 1000)]
+    mixed = Image.blend(picture(0), picture(5), 0.4)
+    structures = np.stack(
+        [likeness.structure(p) for p in (picture(0), mixed, mixed, *(picture(k) for k in range(10, 18)))]
+    )
+    assert exposures.ALIKE_NEAR < likeness.among(structures)[0, 1] < exposures.ALIKE
+    ids = [f"exp1_num_{frame}" for frame in frames]
+    assert exposures.groups(ids, [None] * len(ids), structures)[:3] == [0, 0, 0], "the third is the second again"
+    ids[1] = "exp1_num_1500"
+    assert exposures.groups(ids, [None] * len(ids), structures)[:3] == [0, 1, 1]
