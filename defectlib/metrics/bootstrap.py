@@ -3,7 +3,7 @@
 Each draw says how often every image was taken, and a measure is computed from these counts, so that the pairs of an
 image with its own copies, which would make a set look less varied than it is, are left out. An interval holds the
 percentiles of the draws' deviations from their own mean, around the value as it was measured. It does not cover the few
-shots that were learned from: that takes other splits.
+shots that were learned from: that takes other splits. Below ``LEAST`` images it is too narrow, and there is none.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 from scipy.stats import binomtest
 from torch import Tensor
 
+from defectlib.metrics.neighbours import NAMES, distances
 from defectlib.metrics.perceptual import Protocol, lpips_pairwise
 
-DRAWS, LEVEL = 1000, 0.95
+DRAWS, LEVEL, LEAST = 1000, 0.95, 8
 
 
 def counts(n: int, seed: int, draws: int = DRAWS) -> NDArray[np.float64]:
@@ -34,10 +35,14 @@ def interval(value: float, drawn: NDArray) -> tuple[float, float]:
     return value + float(low), value + float(high)
 
 
-def of_share(hits: Tensor) -> tuple[float, float]:
-    """The 95 % interval of a share of images, Wilson's: hits (n,) that are all 0 or all 1 have none by bootstrap."""
-    found = binomtest(int(hits.sum()), len(hits)).proportion_ci(LEVEL, method="wilson")
-    return float(found.low), float(found.high)
+def of_share(value: float, n: int, drawn: NDArray) -> tuple[float, float]:
+    """The interval of a share of ``n`` images: its draws' or Wilson's, whichever is wider, within [0, 1].
+
+    Draws of a share that is 0 or 1 have no width.
+    """
+    wilson = binomtest(round(value * n), n).proportion_ci(LEVEL, method="wilson")
+    low, high = interval(value, drawn)
+    return max(0.0, min(low, float(wilson.low))), min(1.0, max(high, float(wilson.high)))
 
 
 def mean(values: Tensor | NDArray, taken: NDArray) -> NDArray:
@@ -85,6 +90,46 @@ def ic_lpips(embeddings: Tensor, clusters: Sequence[NDArray], protocol: Protocol
     there = ~np.isnan(scores)
     with np.errstate(invalid="ignore"):
         return np.nansum(scores, 0) / there.sum(0)
+
+
+def neighbours(
+    real: Tensor, generated: Tensor, taken_real: NDArray, taken: NDArray, k: int
+) -> dict[str, NDArray[np.float64]]:
+    """Precision, recall, density and coverage in each draw, both sets drawn anew.
+
+    Balls reach to the neighbour whose number is to k as the different images of a draw are to all: among fewer images
+    the k-th neighbour lies farther off.
+
+    Args:
+        real: Features (N, D).
+        generated: Features (M, D).
+        taken_real: (draws, N), from :func:`counts`.
+        taken: (draws, M).
+        k: See :func:`defectlib.metrics.neighbours.values`.
+    """
+    real, generated = real.double(), generated.double()
+    between, own_real, own = (distances(a, b).numpy() for a, b in ((real, generated), (real,) * 2, (generated,) * 2))
+    n, m = between.shape
+    drawn = {name: np.zeros(len(taken)) for name in NAMES}
+    for i, (times_real, times) in enumerate(zip(taken_real, taken)):
+        some_real, some = np.flatnonzero(times_real), np.flatnonzero(times)
+        reach_real, reach = (
+            _radii(every[np.ix_(part, part)], max(1, round(k * len(part) / len(every))))
+            for every, part in ((own_real, some_real), (own, some))
+        )
+        apart, of_real, of_drawn = between[np.ix_(some_real, some)], times_real[some_real], times[some]
+        inside = apart <= reach_real[:, None]
+        drawn["precision"][i] = inside.any(0) @ of_drawn / m
+        drawn["recall"][i] = of_real @ (apart <= reach).any(1) / n
+        drawn["density"][i] = of_real @ inside @ of_drawn / (m * k)
+        drawn["coverage"][i] = of_real @ inside.any(1) / n
+    return drawn
+
+
+def _radii(apart: NDArray, k: int) -> NDArray:
+    """The distance of each point to its k-th neighbour, from all distances (n, n), or to the last there is."""
+    k = min(k, len(apart) - 1)
+    return np.partition(apart, k, axis=1)[:, k]
 
 
 def _kernel(x: NDArray, y: NDArray) -> NDArray:

@@ -13,9 +13,7 @@ from torch import Tensor
 from defectlib.metrics.perceptual import vectors
 
 K = 3
-OVER = {"precision": "samples", "recall": "real images", "density": "samples", "coverage": "real images"}
-"""The measures, and what each is a mean over."""
-NAMES = tuple(OVER)
+NAMES = ("precision", "recall", "density", "coverage")
 LEAST = 2 * (K + 1)
 """Fewest real and fewest generated images: with fewer a ball takes in most of a set."""
 

@@ -91,7 +91,11 @@ def mean_pairwise(embeddings: Tensor) -> float:
 
 
 def ic_lpips(
-    embeddings_generated: Tensor, embeddings_references: Tensor, protocol: Protocol, seed: int = 0
+    embeddings_generated: Tensor,
+    embeddings_references: Tensor,
+    protocol: Protocol,
+    seed: int = 0,
+    nearest: Tensor | None = None,
 ) -> dict[str, Any]:
     """Intra-cluster LPIPS (Ojha et al., 2021): each image joins its nearest reference; mean distance within clusters.
 
@@ -102,17 +106,20 @@ def ic_lpips(
         embeddings_references: (R, D).
         protocol: Cap of a cluster and what a cluster of fewer than two images counts as.
         seed: Of the images that stay in a cluster above the cap.
+        nearest: Each image's nearest reference (N,), where it is known already.
 
     Returns:
         ``value``, ``clusters`` (their sizes before the cap, one a reference), ``capped`` (was anything drawn at
         random), and ``why_withheld`` where no cluster has two images.
     """
-    places, sizes = clusters(embeddings_generated, embeddings_references, protocol, seed)
+    if nearest is None:
+        nearest = lpips_to_nearest(embeddings_generated, embeddings_references)[1]
+    sizes = np.bincount(nearest.numpy(), minlength=len(embeddings_references)).tolist()
     found = {"clusters": sizes, "capped": max(sizes) > protocol.cap}
     scores = []
-    for members in places:
-        if len(members) >= 2:
-            scores.append(mean_pairwise(embeddings_generated[torch.from_numpy(members)]))
+    for places in clusters(nearest, len(embeddings_references), protocol, seed):
+        if len(places) >= 2:
+            scores.append(mean_pairwise(embeddings_generated[torch.from_numpy(places)]))
         elif protocol.singles == "zero":
             scores.append(0.0)
     if max(sizes) < 2:
@@ -120,16 +127,12 @@ def ic_lpips(
     return found | {"value": float(np.mean(scores))}
 
 
-def clusters(
-    embeddings_generated: Tensor, embeddings_references: Tensor, protocol: Protocol, seed: int = 0
-) -> tuple[list[NDArray], list[int]]:
-    """Each reference's images: their places, at most ``protocol.cap`` drawn by ``seed``; and sizes before."""
-    nearest = lpips_to_nearest(embeddings_generated, embeddings_references)[1].numpy()
-    found = [np.flatnonzero(nearest == k) for k in range(len(embeddings_references))]
-    kept = [
-        np.sort(np.random.default_rng([seed, k]).choice(own, protocol.cap, replace=False))
-        if len(own) > protocol.cap
-        else own
-        for k, own in enumerate(found)
-    ]
-    return kept, [len(own) for own in found]
+def clusters(nearest: Tensor, n_references: int, protocol: Protocol, seed: int = 0) -> list[NDArray]:
+    """The places of each reference's images; of more than ``protocol.cap``, so many are drawn by ``seed``."""
+    found = []
+    for k in range(n_references):
+        places = np.flatnonzero(nearest.numpy() == k)
+        if len(places) > protocol.cap:
+            places = np.sort(np.random.default_rng([seed, k]).choice(places, protocol.cap, replace=False))
+        found.append(places)
+    return found

@@ -27,6 +27,7 @@ from defectlib.metrics.perceptual import PROTOCOLS, Protocol, clusters, ic_lpips
 MINIMUM = 4
 IS_SPLITS = 10
 IS_ONE_SPLIT_BELOW = 100
+NEIGHBOUR_DRAWS = 300  # each sorts the sets' distances anew
 
 
 def kid(
@@ -215,7 +216,11 @@ def _row(
     value = float(np.mean(values))
     sd = float(np.std(values, ddof=1)) if is_random and len(values) > 1 else None
     shown = {**protocol, **rest, "sd_over": "seeds" if sd is not None else None}
-    shown |= {"ci95": list(interval(value)), "ci95_over": over}
+    counted = ("n_generated", "n_real") if "real" in over else ("n_generated",)
+    if min(protocol[count] for count in counted) >= bootstrap.LEAST:
+        low, high = interval(value)
+        if low < high:  # where no draw differs, nothing is known
+            shown |= {"ci95": [low, high], "ci95_over": over}
     return {"metric": name, "value": value, "sd": sd, "protocol": shown}
 
 
@@ -264,18 +269,20 @@ def _neighbour_rows(real: Tensor, generated: Tensor, shared: dict[str, Any], ext
             for name in neighbours.NAMES
         ]
     found = neighbours.values(real, generated)
-    taken = bootstrap.counts(len(generated), 0)
-    intervals = {name: lambda value, own=found[name]: bootstrap.of_share(own) for name in found} | {
-        "density": lambda value: bootstrap.interval(value, bootstrap.mean(found["density"], taken))
-    }
+    taken_real, taken = (bootstrap.counts(len(x), seed, NEIGHBOUR_DRAWS) for seed, x in enumerate((real, generated)))
+    drawn = bootstrap.neighbours(real, generated, taken_real, taken, neighbours.K)
     tell = {"coverage": {"of_real_itself": neighbours.expected_coverage(len(real), len(generated))}}
-    return [
-        _row(
-            metric_name(extractor, name), [{"value": own.mean().item()}], about | tell.get(name, {}), False,
-            intervals[name], neighbours.OVER[name],
-        )
-        for name, own in found.items()
-    ]  # fmt: skip
+    rows = []
+    for name, own in found.items():
+
+        def interval(value: float, name: str = name, n: int = len(own)) -> tuple[float, float]:
+            if name == "density":
+                return bootstrap.interval(value, drawn[name])
+            return bootstrap.of_share(value, n, drawn[name])
+
+        run, told = {"value": own.mean().item()}, about | tell.get(name, {})
+        rows.append(_row(metric_name(extractor, name), [run], told, False, interval, "samples and real images"))
+    return rows
 
 
 def _perceptual_rows(
@@ -298,20 +305,22 @@ def _perceptual_rows(
         "extractor": trunk.name, "weights_sha256": trunk.weights_sha256,
         "resize": f"{images.IMAGE_FILTER} to {size} px", **sets,
     }  # fmt: skip
-    mean, several = nearest.mean().item(), len(nearest) > 1
-    about = {**shared, "distance_to": "nearest real image", "sd_over": "samples" if several else None}
-    if len(nearest) >= MINIMUM:
-        about |= {"ci95": list(bootstrap.interval(mean, bootstrap.mean(nearest, taken))), "ci95_over": "samples"}
-    lpips = {
-        "metric": metric_name(trunk.name, "lpips"), "value": mean, "sd": nearest.std().item() if several else None,
-        "protocol": about,
-    }  # fmt: skip
-    clustered = [ic_lpips(drawn, around, protocol, seed) for seed in sets["seeds"]]
+    run = {"value": nearest.mean().item()}
+    if len(nearest) < MINIMUM:
+        run = {"value": None, "why_withheld": f"LPIPS of {len(nearest)} generated images; at least {MINIMUM}"}
+    lpips = _row(
+        metric_name(trunk.name, "lpips"), [run], {**shared, "distance_to": "nearest real image"}, False,
+        lambda value: bootstrap.interval(value, bootstrap.mean(nearest, taken)),
+    )  # fmt: skip
+    if run["value"] is not None:
+        lpips |= {"sd": nearest.std().item(), "protocol": lpips["protocol"] | {"sd_over": "samples"}}
+    nearest_reference = lpips_to_nearest(drawn, around)[1]
+    clustered = [ic_lpips(drawn, around, protocol, seed, nearest_reference) for seed in sets["seeds"]]
     about = {
         **shared, "protocol": protocol.name, "protocol_trunk": protocol.trunk, "cap": protocol.cap,
         "singles": protocol.singles, "references": protocol.references, "n_references": len(around),
     }  # fmt: skip
-    places = clusters(drawn, around, protocol, sets["seeds"][0])[0]
+    places = clusters(nearest_reference, len(around), protocol, sets["seeds"][0])
     return [
         lpips,
         _row(

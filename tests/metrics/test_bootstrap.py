@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from defectlib.metrics import bootstrap, perceptual, quality
+from defectlib.metrics import bootstrap, neighbours, perceptual, quality
 
 ONCE = np.ones((1, 9))
 
@@ -28,7 +28,7 @@ def test_each_image_taken_once_gives_the_measure_itself():
     assert bootstrap.inception_score(drawn, ONCE)[0] == pytest.approx(quality.inception_score(drawn)["value"], rel=1e-5)
     around = features(3, seed=5)
     for protocol in perceptual.PROTOCOLS.values():
-        places, _ = perceptual.clusters(drawn, around, protocol)
+        places = perceptual.clusters(perceptual.lpips_to_nearest(drawn, around)[1], len(around), protocol)
         found = bootstrap.ic_lpips(drawn, places, protocol, ONCE)[0]
         assert found == pytest.approx(perceptual.ic_lpips(drawn, around, protocol)["value"], rel=1e-5)
 
@@ -56,9 +56,39 @@ def test_the_interval_of_a_mean_is_as_wide_as_its_standard_error_says():
 
 def test_a_share_of_all_or_none_is_not_certain():
     """Wilson's closed form for n of n: n / (n + z^2), and 1."""
-    low, high = bootstrap.of_share(torch.ones(16))
-    assert low == pytest.approx(16 / (16 + 1.959964**2), abs=1e-6) and high == pytest.approx(1)
-    assert bootstrap.of_share(torch.zeros(16)) == pytest.approx((1 - high, 1 - low), abs=1e-9)
+    low, high = bootstrap.of_share(1.0, 16, np.ones(50))
+    assert low == pytest.approx(16 / (16 + 1.959964**2), abs=1e-6) and high == 1
+    wider = bootstrap.of_share(0.5, 16, np.linspace(0, 1, 1001))
+    assert wider == pytest.approx((0.025, 0.975)), "draws that move further than the images' own chance"
+
+
+def test_neighbours_of_every_image_taken_once_are_the_measures_themselves():
+    real, drawn = features(12, seed=1), features(9, 0.4, seed=2)
+    found = bootstrap.neighbours(real, drawn, np.ones((1, 12)), ONCE, k=3)
+    for name, own in neighbours.values(real, drawn, k=3).items():
+        assert found[name][0] == pytest.approx(own.mean().item())
+
+
+@pytest.mark.parametrize(("n", "m", "shift"), [(10, 16, 0.3), (24, 16, 0.3)])
+def test_intervals_of_neighbours_cover_what_other_images_would_have_given(n, m, shift):
+    """Of 60 pairs of sets most intervals hold the mean over all, and few are twice as wide as they need be."""
+    values, bounds = [], []
+    for seed in range(60):
+        real, drawn = features(n, seed=2 * seed, width=8), features(m, shift, seed=2 * seed + 1, width=8)
+        value = {name: own.mean().item() for name, own in neighbours.values(real, drawn).items()}
+        taken = bootstrap.counts(n, 0, 100), bootstrap.counts(m, 1, 100)
+        found = bootstrap.neighbours(real, drawn, *taken, k=neighbours.K)
+        wide = {"density": bootstrap.interval(value["density"], found["density"])}
+        for name, size in (("precision", m), ("recall", n), ("coverage", n)):
+            wide[name] = bootstrap.of_share(value[name], size, found[name])
+        values.append(value)
+        bounds.append(wide)
+    for name in neighbours.NAMES:
+        every = np.array([value[name] for value in values])
+        held = [low <= every.mean() <= high for low, high in (wide[name] for wide in bounds)]
+        assert np.mean(held) >= 0.85, name
+        width = np.mean([high - low for low, high in (wide[name] for wide in bounds)])
+        assert width <= 2 * 3.92 * every.std(), name
 
 
 def test_kids_interval_covers_what_other_images_would_have_given():
@@ -66,11 +96,13 @@ def test_kids_interval_covers_what_other_images_would_have_given():
     truth = bootstrap.kid(
         features(1500, seed=98), features(1500, 0.4, seed=99), np.ones((1, 1500)), np.ones((1, 1500))
     )[0]
-    held = 0
+    held, values, widths = 0, [], []
     for seed in range(60):
         real, drawn = features(24, seed=2 * seed), features(24, 0.4, seed=2 * seed + 1)
         taken = bootstrap.counts(24, 0, 400), bootstrap.counts(24, 1, 400)
         value = bootstrap.kid(real, drawn, np.ones((1, 24)), np.ones((1, 24)))[0]
         low, high = bootstrap.interval(value, bootstrap.kid(real, drawn, *taken))
         held += low <= truth <= high
-    assert held >= 51
+        values.append(value)
+        widths.append(high - low)
+    assert held >= 51 and np.mean(widths) <= 2 * 3.92 * np.std(values)
