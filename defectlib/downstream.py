@@ -22,9 +22,9 @@ from defectlib.metrics import files
 from defectlib.params import TrainSettings
 
 SELECTIONS = {
-    "last": "last step, batch-norm statistics recomputed",
+    "last": "batch-norm statistics recomputed",
     "val_generated": "best of the checkpoints on a tenth of the training items of each defect, held back from training",
-    "test_oracle": "best of the checkpoints on the test set itself, which is then no test: as released evaluations do",
+    "test_oracle": "best of the checkpoints on the test set itself, which is then no test",
 }
 
 
@@ -129,8 +129,9 @@ def _optimise(
 
 def _settled(model: nn.Module, images: Tensor) -> nn.Module:
     """The model with the batch-norm statistics of ``images``, in evaluation mode."""
-    mixed = images[torch.randperm(len(images))]  # inside `seeded`: a sorted set would give lopsided batches
-    torch.optim.swa_utils.update_bn([chunk for chunk in mixed.split(16)], model, device=next(model.parameters()).device)
+    mixed = torch.randperm(len(images))  # inside `seeded`: a sorted set would give lopsided batches
+    batches_of = (images[chunk] for chunk in mixed.split(16))
+    torch.optim.swa_utils.update_bn(batches_of, model, device=next(model.parameters()).device)
     return model.eval()
 
 

@@ -122,7 +122,7 @@ def train_classifier(
         torch.stack([item.image for item in train]), labels, len(s.defects), settings, seed, choice
     )
     told = {"n_train_real": len(train) - len(kept) if drawn else len(kept), "n_generated": len(kept) if drawn else 0}
-    return model, {"task": "classification", **_told(rule, choice, losses, len(drawn or shots) - len(kept)), **told}
+    return model, {**_told("classification", rule, choice, losses, len(drawn or shots) - len(kept)), **told}
 
 
 def train_localiser(
@@ -143,12 +143,24 @@ def train_localiser(
         "n_train_real": len(train) if real else 0, "n_generated": 0 if real else len(train),
         "left_out": len(items) - len(usable),
     }  # fmt: skip
-    return model, {"task": "localisation", **_told(rule, choice, losses, len(usable) - len(train)), **told}
+    return model, {**_told("localisation", rule, choice, losses, len(usable) - len(train)), **told}
 
 
-def _told(rule: str, choice: models.Checkpoints | None, losses: list[float], held_back: int) -> dict[str, Any]:
-    """How a model was chosen, for the protocol of its scores."""
-    told = {"selection": f"{rule}: {models.SELECTIONS[rule]}", "final_loss": losses[-1], "optimiser_steps": len(losses)}
+TRAINING = {
+    "classification": {"loss": "cross-entropy", "augmentation": "flips", "schedule": "Adam, cosine to zero"},
+    "localisation": {"loss": "focal + Dice", "augmentation": "flips", "schedule": "Adam, cosine to zero"},
+}
+"""What stands in a protocol because the papers' own training differs: MultiStep decay, focal loss alone, 256 px."""
+
+
+def _told(
+    task: str, rule: str, choice: models.Checkpoints | None, losses: list[float], held_back: int
+) -> dict[str, Any]:
+    """How a model was trained and chosen, for the protocol of its scores."""
+    told = {
+        "task": task, **TRAINING[task], "selection": f"{rule}: {models.SELECTIONS[rule]}", "final_loss": losses[-1],
+        "optimiser_steps": len(losses),
+    }  # fmt: skip
     return told if choice is None else told | {"held_back": held_back, "scores_by_step": choice.scores}
 
 

@@ -75,7 +75,9 @@ def of_run(folder: Path, data_root: Path | None = None) -> tuple[pd.DataFrame, d
         ValueError: It is no run's folder, or the data set is not where it was.
     """
     folder = Path(folder).resolve()
-    made = next((file for stage in ("fit", "downstream") if (file := folder / f"{stage}.json").is_file()), None)
+    made = next(
+        (file for stage in ("fit", "sample", "downstream") if (file := folder / f"{stage}.json").is_file()), None
+    )
     if made is None:
         raise ValueError(f"{folder} is no run: name a folder such as runs/demo/mini/brick/crop_paste/s0")
     run = json.loads(made.read_text())

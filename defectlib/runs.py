@@ -29,11 +29,10 @@ import pandas as pd
 from defectlib import paths
 
 SCHEMA = 1
-STAGES = ("fit", "sample", "filter", "quality", "downstream", "checkpoints", "learning_curve")
+STAGES = ("fit", "sample", "quality", "downstream", "checkpoints", "learning_curve")
 ARTEFACTS = {
     "fit": ("model",),
     "sample": ("images", "masks", "parts", "samples.csv"),
-    "filter": ("images", "masks", "parts", "samples.csv"),
     "quality": (),
     "downstream": ("predictions",),
     "checkpoints": (),
@@ -88,7 +87,7 @@ class RunFolder:
             aside = self.path / "superseded" / f"{time.strftime('%Y%m%d-%H%M%S')}-{begun[:8]}"
             aside.mkdir(parents=True, exist_ok=True)
             # From quality on, none is made from files of another: a key that changed is seen by whoever used it.
-            for later in [stage] if stage in STAGES[3:] else STAGES[STAGES.index(stage) :]:
+            for later in [stage] if stage in STAGES[2:] else STAGES[STAGES.index(stage) :]:
                 for name in (f"{later}.json", f".{later}.key", *ARTEFACTS[later]):
                     if (self.path / name).exists():
                         shutil.move(self.path / name, aside / name)

@@ -29,7 +29,7 @@ from defectlib.metrics import quality as quality_metrics
 from defectlib.metrics.features import metric_name
 from defectlib.study import SHOTS_ONLY, Study
 from defectlib.training import Curve, State, once
-from defectlib.types import Sample
+from defectlib.types import Sample, Shot
 
 SEEN = "mask_seen"
 # Below it the reader misses even most real defects, and what it says of drawn ones means nothing.
@@ -124,37 +124,47 @@ def sample(s: Study, method: str, seed: int) -> dict[str, Any]:
 
 
 def keep(s: Study, name: str, seed: int) -> dict[str, Any]:
-    """Filter: copy the better samples of a variant's method, at least one a defect; the record of the stage.
+    """Filter: the sample stage of a variant that keeps the better samples of its method, at least one a defect.
 
     Samples that must not reach training (see :func:`sampling.problems`) are the worst, whatever their score.
     """
     asked, method = s.keep(name), s.settings.variants[name].of
-    upstream = sample(s, method, seed)
-    values = {"keep": asked.model_dump(), "reader": s.settings.downstream.localiser.model_dump()}
+    upstream, settings = sample(s, method, seed), s.settings
+    uses = settings.quality.extractor if asked.by == "nearest_shot" else settings.downstream.localiser.model_dump()
+    values = {"keep": asked.model_dump(), "uses": uses, "prompts": s.prompts(), "order": s.all_defects}
     folder, key = s.folder(name, seed), runs.stage_key(values, [upstream["key"]])
-    if (record := folder.complete("filter", key)) is not None:
+    if (record := folder.complete("sample", key)) is not None:
         return record
-    with runs.stage(folder, "filter", key, s.identity(name, seed), values, {"sample": upstream["key"]}) as metrics:
+    with runs.stage(folder, "sample", key, s.identity(name, seed), values, {"sample": upstream["key"]}) as metrics:
         source = s.folder(method, seed).path
         report = pd.read_csv(source / "samples.csv", keep_default_na=False).astype({"defect": str})
         bad = set(sampling.problems(report)["seed"])
         chosen: list[int] = []
         for defect in s.defects:
-            drawn = sampling.load(source, defect)
-            worth = _worth(s, seed, drawn, asked.by) if drawn else np.empty(0)
+            if not (drawn := sampling.load(source, defect)):
+                continue
+            shots = [shot for shot in s.shots(seed) if shot.defect == defect]
+            worth = _worth(s, seed, drawn, asked.by)
             flawed = np.array([item.seed in bad for item in drawn], dtype=bool)
             best = np.lexsort([-worth, flawed])[: ceil(asked.share * len(drawn))]
-            chosen += [drawn[i].seed for i in best]
-            told = {"n_generated": len(drawn), "by": asked.by}
-            if drawn:
-                told |= {"mean_of_all": float(worth.mean()), "mean_of_kept": float(worth[best].mean())}
-            metrics.append({"metric": "samples_kept", "value": float(len(best)), "defect": defect, "protocol": told})
+            kept = {drawn[i].seed for i in best}
+            chosen += kept
+            told = {
+                "n_generated": len(drawn), "by": asked.by, "mean_of_all": float(worth.mean()),
+                "mean_of_kept": float(worth[best].mean()),
+            }  # fmt: skip
+            if asked.by == "mask_seen":  # a localiser that does not even see what it learned from ranks by chance
+                told["mean_of_shots"] = float(_worth(s, seed, shots, asked.by).mean())
+            area = float(report.loc[report["seed"].isin(kept), "area"].mean())
+            share = {"defect": defect, "protocol": {"n_generated": len(kept)}}
+            metrics.append({"metric": "mask_area", "value": area, **share})
+            metrics.append({"metric": "samples_kept", "value": float(len(kept)), "defect": defect, "protocol": told})
         sampling.copy(source, folder.path, chosen)
-    return folder.record("filter")
+    return folder.record("sample")
 
 
-def _worth(s: Study, seed: int, drawn: list[Sample], by: str) -> np.ndarray:
-    """What a filter ranks samples of one defect by, more is better: minus a distance, or an IoU; float64 (N,)."""
+def _worth(s: Study, seed: int, drawn: Sequence[Sample | Shot], by: str) -> np.ndarray:
+    """What a filter ranks pairs of one defect by, more is better: minus a distance, or an IoU; float64 (N,)."""
     if by == "mask_seen":
         return np.array(seen(s, seed, *sampling.stack(drawn)))
     shots = [shot for shot in s.shots(seed) if shot.defect == drawn[0].defect]
@@ -210,7 +220,10 @@ def _shot_distance(s: Study, drawn: list, real: list) -> dict[str, Any]:
     told = {"extractor": name, "n_generated": len(drawn), "n_real": len(real), "window": "around the defect"}
     if len(real) < 2:
         return row | {"protocol": told | {"why_withheld": "one shot: it has no distance to another"}}
-    apart, between = nearest.shot_distance(drawn, real, features.load(name))
+    try:
+        apart, between = nearest.shot_distance(drawn, real, features.load(name))
+    except ValueError as error:  # shots that look the same
+        return row | {"protocol": told | {"why_withheld": str(error)}}
     return row | {"value": apart.median().item(), "protocol": told | {"between_shots": between}}
 
 

@@ -65,15 +65,19 @@ figures.style()
 #   negative for equal sets; lower is better. The subset size is min(real, generated, cap), because the usual 1,000 does
 #   not exist here.
 # * **IS**: exp of the mean divergence between the class distribution of an image and that of all. Higher is more varied.
-# * **LPIPS**: distance to the nearest real image.
+# * **LPIPS**: distance to the nearest real image. DefectSynth reads it as diversity, so its tables have higher as better; but a
+#   sample can also be far because it looks like nothing real.
 # * **IC-LPIPS**: samples are assigned to their nearest shot; mean distance between samples of one cluster. Higher is more
 #   diverse. Three protocols are in use; the one used here is named beside the number.
-# * **Precision, recall, density, coverage** tell realism from variety, which one number mixes. A real image's ball reaches to
-#   its third nearest real image, a sample's likewise. Precision: the share of samples in a real ball; density: how many such
-#   balls a sample lies in, over three; recall: the share of real images in a sample's ball; coverage: the share of real balls
-#   that hold a sample. Samples from the real distribution itself would have a density of 1.
+# * **Precision, recall, density, coverage** tell realism from variety, which one number mixes. A ball reaches from an image to
+#   its third nearest neighbour among its own kind.
+#   - precision: the share of samples that lie in a real image's ball;
+#   - density: how many such balls a sample lies in, over three; samples of the real distribution itself would have 1;
+#   - recall: the share of real images that lie in a sample's ball;
+#   - coverage: the share of real balls that hold a sample; `of_real_itself` in its protocol is what the real distribution would
+#     score with as many images.
 # * **Distance to the shots**: the median distance of a sample to its nearest shot, around the defect, over the shots' own
-#   distance to the next one. Near 0 the samples are copies; it is neither better high nor low.
+#   distance to the next one. Near 0 the samples are copies. A high one is not better.
 
 # %%
 for method in s.methods:
@@ -87,8 +91,8 @@ own.pivot_table(index=["metric", "defect"], columns="method", values="value", ag
 # ### With error bars
 #
 # How far a number would move with other images of the same kind: the 95 % interval of a bootstrap over the images that its
-# protocol names (`ci95_over`), around the value; Wilson's for the shares. **Where intervals of two methods overlap widely,
-# the order of their values says nothing.** It does not cover the choice of the shots.
+# protocol names (`ci95_over`), around the value. **Where intervals of two methods overlap widely, the order of their values says
+# nothing.** An interval covers neither the choice of the shots nor another training: that is what seeds are for, a bar each.
 
 # %%
 bounds = [json.loads(text).get("ci95", (float("nan"),) * 2) for text in own["protocol"]]

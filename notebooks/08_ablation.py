@@ -79,8 +79,8 @@ pd.DataFrame(rows, columns=["method", "variant", "what is changed"]).set_index([
 # KID is times 1,000. A mask's IoU is its largest overlap with a real mask of the defect after the best turn and shift;
 # `NaN`: the method makes its own masks. `mask_seen` is how far the masks lie on what a localiser of the real shots finds in the
 # samples (notebook 7). Where a source gave no mask for a defect, the row is the mean of the others', and
-# the sentence below the table says so. A filtered variant draws nothing: it keeps the better part of what its method drew (the
-# same models trained on both are in notebook 9); kept by `mask_seen`, it is bound to look better in that column.
+# the sentence below the table says so. A filtered variant draws nothing: it keeps the better part of what its method drew, and the
+# sentence says by what. It is bound to look better by that; notebook 9 trains on both.
 
 # %%
 families = [[m, *(v for v in s.variants if s.settings.variants[v].of == m)] for m in s.methods]

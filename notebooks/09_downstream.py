@@ -21,8 +21,9 @@
 # headline numbers of the other papers, are of this kind.
 #
 # Two rows are always there: `shots_only`, the same model trained on the few real shots with the same settings (the papers'
-# "w/o augmentation"), and `crop_paste`. A filtered row learns from the better part of its method's samples (notebook 8). The model of the last step is tested: no checkpoint is chosen by its test score,
-# as the released evaluations do. What that would have shown stands further down, and how much one sample more is worth.
+# "w/o augmentation"), and `crop_paste`. A filtered row learns from the better part of its method's samples (notebook 8). The model of the last step is tested. Released evaluations
+# choose a checkpoint by its test score instead: what that would have shown stands further down. So does what one sample more
+# is worth.
 #
 # One unit of this notebook is a category; `methods` and `seeds` are lists.
 
@@ -149,8 +150,9 @@ figure
 # ## Which checkpoint is tested?
 #
 # A training must end somewhere, and a rule says which of its models is tested (`downstream.selection` in the profile).
-# Ours is `last`. The released evaluations take the checkpoint that is best on the test set, `test_oracle`: its score is the
-# largest there is by construction, and tests nothing. `val_generated` chooses on samples that are held back from training.
+# Ours is `last`. The released evaluations choose on the test set, as `test_oracle` does: its score is the largest there is by
+# construction, and tests nothing. They choose among all epochs, by a sum of four scores; here it is the pixel AP of a few
+# checkpoints, which flatters less. `val_generated` chooses on samples that are held back from training.
 #
 # Here is one training of the localiser, of the last method that could be tested and the first seed. Checkpoints are scored
 # on the test set and on a tenth of the samples; these are left out of the training, so its last step is not the model above.

@@ -1,10 +1,13 @@
 """The filter: a variant that keeps the better part of what its method drew."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
-from defectlib import evaluation, params, sampling, stages, study
+from defectlib import evaluation, export, leaks, params, sampling, stages, study
 from defectlib.metrics import features, nearest
+from defectlib.report import explorer, scores
 
 NAME = "crop_paste_filtered"
 
@@ -16,8 +19,7 @@ def seeds(s, name, defect):
 def test_the_better_half_by_distance_is_kept_as_it_was_drawn(tiny_parameters):
     s = study.open_category(tiny_parameters)
     record = stages.sample(s, NAME, 0)
-    assert record["stage"] == "filter" and stages.sample(s, NAME, 0) == record
-    assert not s.folder(NAME, 0).stage_file("sample").exists()
+    assert stages.sample(s, NAME, 0) == record and not s.folder(NAME, 0).stage_file("fit").exists()
     for defect in s.defects:
         drawn = sampling.load(s.folder("crop_paste", 0).path, defect)
         shots = [shot for shot in s.shots(0) if shot.defect == defect]
@@ -27,8 +29,8 @@ def test_the_better_half_by_distance_is_kept_as_it_was_drawn(tiny_parameters):
         for seed in nearer:
             for one, other in zip(*(sampling.read_pair(s.folder(m, 0).path, seed) for m in (NAME, "crop_paste"))):
                 assert (one == other).all()
-        told = next(m for m in record["metrics"] if m["defect"] == defect)
-        assert told["metric"] == "samples_kept" and told["value"] == 2 and told["protocol"]["n_generated"] == 4
+        told = next(m for m in record["metrics"] if (m["defect"], m["metric"]) == (defect, "samples_kept"))
+        assert told["value"] == 2 and told["protocol"]["n_generated"] == 4
         assert told["protocol"]["mean_of_kept"] > told["protocol"]["mean_of_all"]
 
 
@@ -75,3 +77,42 @@ def test_a_filter_of_another_share_takes_the_place_of_the_first(tiny_parameters,
     assert {len(seeds(s, NAME, defect)) for defect in s.defects} == {1}
     images = s.folder(NAME, 0).path / "images"
     assert len(list(images.iterdir())) == len(s.defects), "what the first filter kept was moved aside"
+
+
+def test_a_variant_that_drew_and_now_filters_leaves_nothing_of_what_it_drew(tiny_parameters, monkeypatch):
+    variants = [
+        params.Variant(of="crop_paste", config={"flip": False}),
+        params.Variant(of="crop_paste", keep=params.Keep(share=0.5, by="nearest_shot")),
+    ]
+    for variant in [*variants, variants[0]]:
+        profile = params.load_profile("smoke").model_copy(update={"variants": {NAME: variant}})
+        monkeypatch.setattr(params, "load_profile", lambda name, profile=profile: profile)
+        s = study.open_category(tiny_parameters)
+        stages.sample(s, NAME, 0)
+        drawn = sampling.load(s.folder(NAME, 0).path)
+        images = s.folder(NAME, 0).path / "images"
+        assert len(list(images.iterdir())) == len(drawn) == len(s.defects) * s.n_per_defect(NAME)
+        monkeypatch.undo()
+
+
+def test_other_tools_take_what_was_kept_for_a_run_like_any(tiny_parameters, tmp_path):
+    s = study.open_category(tiny_parameters)
+    stages.sample(s, NAME, 0)
+    table = export.export(tiny_parameters, NAME, 0, tmp_path / "out")
+    assert table["written"].sum() == 2 * len(s.defects)
+    assert not leaks.spoils(leaks.of_run(s.folder(NAME, 0).path)[0])
+    assert (s.category, NAME, 0) in explorer.drawn_runs(s)
+    assert len(scores.scores(s, NAME, 0, s.defects[0])) == 2
+
+
+def test_the_key_of_a_filter_holds_what_it_ranks_by(tiny_parameters, monkeypatch):
+    s = study.open_category(tiny_parameters)
+    first = stages.sample(s, NAME, 0)["key"]
+    monkeypatch.setattr(stages, "_worth", lambda s, seed, drawn, by: np.zeros(len(drawn)))
+    quality = s.settings.quality.model_copy(update={"extractor": "inception"})
+    localiser = s.settings.downstream.localiser.model_copy(update={"steps": 3})
+    downstream = s.settings.downstream.model_copy(update={"localiser": localiser})
+    for change, asked in (({"quality": quality}, True), ({"downstream": downstream}, False)):
+        other = dataclasses.replace(s, settings=s.settings.model_copy(update=change))
+        assert (stages.keep(other, NAME, 0)["key"] != first) == asked, "by distance the localiser is not asked"
+        assert stages.keep(s, NAME, 0)["key"] == first

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from defectlib import published
 from defectlib.metrics.regions import BY_DEFECT
 from defectlib.published.claims import Claim, load, printed
-from defectlib.report.tables import scale
+from defectlib.report.tables import scale, was_chosen
 
 LEAST_CELLS, LEAST_SEEDS = 4, 3
 DRAWS, LEVEL = 10_000, 0.95
@@ -96,6 +96,8 @@ def _comparison(claim: Claim, against: str, results: pd.DataFrame) -> dict[str, 
         raise ValueError(f"{claim.metric} is measured by several extractors: pass the results of one")
     both = both[both["metric"] == next(iter(shared))]
     row["measured"] = next(iter(shared)).removesuffix(BY_DEFECT)
+    if both["protocol"].map(was_chosen).any():
+        return row | {"why": "a model chosen by its score was tested: run it with selection 'last'"}
     differences = _differences(both, claim.method, against)
     if differences.empty:
         return row | {"why": "withheld, or not run alike"}

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from defectlib import images, sampling
 from defectlib.report import figures, layout
-from defectlib.report.scores import DRAWN, MEASURED, SCORES, of_defect, ranked, title, written
+from defectlib.report.scores import DRAWN, MEASURED, SCORES, ranked, scores, title, written
 from defectlib.study import Study
 
 TILES_A_ROW = 6
@@ -60,7 +60,7 @@ def view(
         FileNotFoundError: The samples are not drawn.
         ValueError: There is no such sample.
     """
-    own = of_defect(s, method, seed, defect)
+    own = scores(s, method, seed, defect)
     if not 0 <= number < len(own):
         raise ValueError(f"{method} has {len(own)} samples of '{defect}', numbered from 0: there is no sample {number}")
     row, folder = own.iloc[number], s.folder(method, seed).path

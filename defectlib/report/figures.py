@@ -143,7 +143,7 @@ def compare(frame: pd.DataFrame) -> Figure:
 
 @_styled
 def intervals(frame: pd.DataFrame, columns: int = 4) -> Figure:
-    """A panel a metric, a row a defect, a colour a method: the value with its interval, the single seeds as dots.
+    """A panel a metric, a row a defect, a colour a method: the value with its interval, a bar a seed.
 
     Args:
         frame: Columns metric, defect, method, value, low, high, as stored; one row a seed. NaN is left out.
@@ -165,9 +165,10 @@ def intervals(frame: pd.DataFrame, columns: int = 4) -> Figure:
         for (defect, method), some in frame[frame["metric"] == metric].groupby(["defect", "method"], sort=False):
             y = defects.index(defect) + (methods.index(method) - (len(methods) - 1) / 2) * step
             some = some[["value", "low", "high"]] * scale(published.kind(metric))
-            mean = some.mean()
-            axes.plot([mean["low"], mean["high"]], [y, y], color=colours[method], linewidth=1.4)
-            axes.plot(some["value"], [y] * len(some), "o", color=colours[method], markersize=3.5, markeredgewidth=0)
+            for k, (value, low, high) in enumerate(some.to_numpy()):
+                at = y + (k - (len(some) - 1) / 2) * 0.6 * step / len(some)
+                axes.plot([low, high], [at, at], color=colours[method], linewidth=1.4 if len(some) == 1 else 0.9)
+                axes.plot(value, at, "o", color=colours[method], markersize=3.5 if len(some) == 1 else 2.2)
         axes.set_title(layout.metric_title(metric), fontsize=8)
         axes.tick_params(axis="x", labelsize=7)
         axes.locator_params(axis="x", nbins=4)

@@ -55,7 +55,7 @@ CAPTIONS = {
     "downstream": "Downstream models trained on the shots alone and on samples, tested on held-out real images.",
     "confusion": "Which defects the classifier confuses, summed over seeds.",
     "worst_misses": "The held-out defects that the localiser found least: image, truth, prediction.",
-    "quality_intervals": "Measures of quality with their 95 % intervals, by defect and method; dots are single seeds.",
+    "quality_intervals": "Measures of quality with 95 % intervals over images, by defect and method; a bar a seed.",
     "checkpoints": "One training of the localiser, scored along the way, and what each rule would have tested.",
     "learning_curve": "Scores over the number of samples, and of shots, of each defect; as many optimiser steps each.",
     "kid_spread": "How much KID moves with the number of images: every dot is one random subset.",

@@ -53,6 +53,7 @@ class _Run:
     drawn: str  # sha256 of the stage file, which says when it was drawn
     data: str
     reader: str  # sha256 of the localiser of the shots; empty where it is not trained
+    networks: str  # the settings that say which extractors are asked
     study: Study = field(compare=False)
 
 
@@ -63,16 +64,25 @@ def _run(s: Study, method: str, seed: int) -> _Run:
     reader, asked = stages.kept_reader(s, seed)
     kept = training.kept_curve(reader, asked) is not None
     drawn = paths.sha256(folder.stage_file("sample"))
-    return _Run(folder.path, seed, drawn, s.data_key(seed), paths.sha256(reader) if kept else "", s)
+    return _Run(
+        folder.path,
+        seed,
+        drawn,
+        s.data_key(seed),
+        paths.sha256(reader) if kept else "",
+        s.settings.quality.model_dump_json(),
+        s,
+    )
 
 
-def scores(s: Study, method: str, seed: int) -> pd.DataFrame:
-    """The scores of every sample of a run, computed once as long as the run, its data and the reader stay the same.
+def scores(s: Study, method: str, seed: int, defect: str) -> pd.DataFrame:
+    """The scores of the samples of a defect, computed once as long as run, data, reader and extractors stay the same.
 
     Args:
         s: Of the category.
         method: A method or a variant whose samples are drawn.
         seed: Of the run.
+        defect: Of the samples.
 
     Returns:
         One row a sample in the order of their seeds: ``seed``, ``defect``, the columns of :data:`SCORES`, and ``shot``,
@@ -81,17 +91,19 @@ def scores(s: Study, method: str, seed: int) -> pd.DataFrame:
 
     Raises:
         FileNotFoundError: The samples are not drawn.
+        ValueError: There is none of the defect.
     """
-    return _scored(_run(s, method, seed)).copy()
+    return _scored(_run(s, method, seed), defect).copy()
 
 
-@functools.lru_cache(maxsize=64)
-def _scored(run: _Run) -> pd.DataFrame:
-    report = pd.read_csv(run.folder / "samples.csv", keep_default_na=False).sort_values("seed", ignore_index=True)
-    table = report.astype({"defect": str})[["seed", "defect", *DRAWN]]
-    drawn = sampling.load(run.folder)
-    parts = [_measured(run, rows, [drawn[i] for i in rows.index]) for _, rows in table.groupby("defect", sort=False)]
-    return pd.concat(parts).sort_index() if parts else table.assign(**dict.fromkeys([*MEASURED, "shot"], np.nan))
+@functools.lru_cache(maxsize=256)
+def _scored(run: _Run, defect: str) -> pd.DataFrame:
+    report = pd.read_csv(run.folder / "samples.csv", keep_default_na=False).astype({"defect": str})
+    table = report[report["defect"] == defect].sort_values("seed", ignore_index=True)[["seed", "defect", *DRAWN]]
+    if table.empty:
+        there = ", ".join(report["defect"].unique()) or "none"
+        raise ValueError(f"{run.folder} has no sample of '{defect}'; it has: {there}")
+    return _measured(run, table, sampling.load(run.folder, defect))
 
 
 def _measured(run: _Run, rows: pd.DataFrame, drawn: Sequence[Sample]) -> pd.DataFrame:
@@ -137,18 +149,7 @@ def ranked(s: Study, method: str, seed: int, defect: str, score: str, worst_firs
     if score not in SCORES:
         raise ValueError(f"there is no score '{score}'; there are: {', '.join(SCORES)}")
     rising = (SCORES[score].worse == "low") == worst_first
-    return of_defect(s, method, seed, defect).sort_values(score, ascending=rising, kind="stable", ignore_index=True)
-
-
-def of_defect(s: Study, method: str, seed: int, defect: str) -> pd.DataFrame:
-    """The rows of :func:`scores` of one defect; ValueError where it has none."""
-    table = scores(s, method, seed)
-    found = table[table["defect"] == defect].reset_index(drop=True)
-    if found.empty:
-        raise ValueError(
-            f"{method} has no sample of '{defect}'; it has: {', '.join(table['defect'].unique()) or 'none'}"
-        )
-    return found
+    return scores(s, method, seed, defect).sort_values(score, ascending=rising, kind="stable", ignore_index=True)
 
 
 def written(row: pd.Series, score: str) -> str:

@@ -18,6 +18,7 @@ REASONS = {
     "other_crops": "the paper's weld crops are not published, these are ours",
     "other_machine": "time on another machine than the paper's",
     "reduced_scale": "a small profile, not the paper's model, resolution and training",
+    "other_training": "the downstream model's loss, decay, augmentation or image size is not the paper's",
     "undefined_in_paper": "the paper prints no such number, or does not say which variant of the measure it used",
     "chosen_checkpoint": "a checkpoint was chosen instead of the last step, by the rule that the protocol names",
     "dirty": "the code had uncommitted changes",
@@ -141,7 +142,8 @@ SPECS = {
         "random_thirds",
         note=(
             "Percent on held-out real defects. The paper does not say how F1 is averaged over defects; ours is the "
-            "macro mean. The paper has no row for Crop-Paste."
+            "macro mean. The paper has no row for Crop-Paste. Where a profile counts epochs, w/o augmentation trains "
+            "fewer steps than the others: the learning curve's point at 0 samples trains as long as they do."
         ),
     ),
     "table_9": Spec(

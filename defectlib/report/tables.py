@@ -15,7 +15,7 @@ import pandas as pd
 from defectlib import paths, published
 from defectlib.published import AVERAGE
 from defectlib.report import layout
-from defectlib.report.specs import SPECS, Spec, explain
+from defectlib.report.specs import CLASSIFICATION, LOCALISATION, SPECS, Spec, explain
 
 NAMES = tuple(published.FILES)
 KEY = ["dataset", "category", "method", "metric"]
@@ -99,7 +99,7 @@ def _reproduced(results: pd.DataFrame, spec: Spec, printed: pd.DataFrame) -> pd.
     rows = rows[rows["split"] == rows["dataset"].map(_chosen_splits(rows, spec))]
     kinds = rows["metric"].map(published.kind)
     rows = rows.assign(value=pd.to_numeric(rows["value"]) * kinds.map(scale), dirty=rows["dirty"].astype(bool))
-    rows["chosen"] = rows["protocol"].map(_was_chosen) if "protocol" in rows else False
+    rows["chosen"] = rows["protocol"].map(was_chosen) if "protocol" in rows else False
     rows = pd.concat([_as_hours(rows, printed), *_gains(rows, spec)], ignore_index=True)
     # First over the defects of a seed, as the paper averages.
     per_seed = rows.groupby(["profile", "split", *KEY, "seed"], sort=True).agg(
@@ -121,7 +121,7 @@ def _reproduced(results: pd.DataFrame, spec: Spec, printed: pd.DataFrame) -> pd.
     return grouped.agg(**columns, **{mark: (mark, "any") for mark in ("gaps", "chosen", "dirty")}).reset_index()
 
 
-def _was_chosen(protocol: str) -> bool:
+def was_chosen(protocol: str) -> bool:
     """Whether a downstream model was another than the one of the last step."""
     return not json.loads(protocol).get("selection", "last").startswith("last")
 
@@ -251,6 +251,8 @@ def _reasons(row, spec: Spec, published_for: set[str], started: set[tuple[str, s
             found.append("undefined_in_paper")
         if row.profile != spec.profile:
             found.append("reduced_scale")
+        elif row.metric in (*CLASSIFICATION, *LOCALISATION):
+            found.append("other_training")
         if published.UNITS.get(row.metric) in ("h", "s", "1/s"):
             found.append("other_machine")
     if spec.split is not None and row.split != spec.split:

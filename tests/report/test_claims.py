@@ -26,7 +26,7 @@ def results(metric="tiny-kid", gain=-0.01, noise=0.001, seeds=3, cells=CELLS, me
                 value = base + (gain + rng.normal(0, noise) if method == methods[0] else 0.0)
                 rows.append((category, method, seed, defect, metric, value))
     frame = pd.DataFrame(rows, columns=["category", "method", "seed", "defect", "metric", "value"])
-    return frame.assign(dataset="mini", profile="demo", split="first_third", n_generated=16)
+    return frame.assign(dataset="mini", profile="demo", split="first_third", n_generated=16, protocol="{}")
 
 
 def told(table, name):
@@ -52,6 +52,12 @@ def test_the_printed_numbers_bear_the_claims_out():
                 compared += 1
                 assert ours < theirs if claim.better == "lower" else ours > theirs, (claim.id, against, ours, theirs)
     assert compared >= 30
+
+
+def test_no_verdict_on_a_model_that_was_chosen_by_its_score():
+    chosen = results(gain=-0.01).assign(protocol='{"selection": "test_oracle: best of the checkpoints"}')
+    row = told(claims.judge(chosen), "ds-hmi-kid")
+    assert row["verdict"] == claims.OPEN and "chosen by its score" in row["why"]
 
 
 @pytest.mark.parametrize("gain, verdict", [(-0.01, claims.HELD), (0.01, claims.NOT_HELD), (0.0, claims.OPEN)])

@@ -1,3 +1,5 @@
+import dataclasses
+
 import ipywidgets
 import numpy as np
 import pandas as pd
@@ -40,10 +42,14 @@ def texts(figure):
     return [text.get_text() for text in figure.axes[0].texts]
 
 
+def every(s):
+    return pd.concat([scores.scores(s, "crop_paste", 0, defect) for defect in s.defects], ignore_index=True)
+
+
 def test_scores_are_those_of_the_stages(s, monkeypatch):
     monkeypatch.setattr(stages, "SEEN_LEAST", 0.0)
     record = stages.quality(s, "crop_paste", 0)
-    table = scores.scores(s, "crop_paste", 0)
+    table = every(s)
     report = pd.read_csv(s.folder("crop_paste", 0).path / "samples.csv")
     assert {"seed", "defect", "shot", *scores.SCORES} == set(table.columns)
     pd.testing.assert_frame_equal(table[["seed", "defect", *scores.DRAWN]], report[["seed", "defect", *scores.DRAWN]])
@@ -61,37 +67,41 @@ def test_the_nearest_shot_of_a_shot_is_itself(s):
     shot = next(shot for shot in s.shots(0) if shot.defect == defect)
     images.write_image(sampling.image_file(folder, 0), shot.image)
     images.write_mask(sampling.mask_file(folder, 0), shot.mask)
-    first, second = (scores.of_defect(s, "crop_paste", 0, defect).iloc[i] for i in (0, 1))
+    first, second = (scores.scores(s, "crop_paste", 0, defect).iloc[i] for i in (0, 1))
     assert first["shot"] == shot.id and first["distance"] == 0 and first["lpips"] == 0
     assert second["distance"] > 0 and second["lpips"] > 0
 
 
 def test_without_its_localiser_a_mask_is_not_judged_and_none_is_trained(s):
-    assert scores.scores(s, "crop_paste", 0)["mask_seen"].isna().all()
+    assert every(s)["mask_seen"].isna().all()
     assert not (s.folder(SHOTS_ONLY, 0).path / "reader.safetensors").exists()
 
 
 def test_a_localiser_that_misses_real_defects_judges_nothing(s, monkeypatch):
     stages.reader(s, 0)
     monkeypatch.setattr(stages, "SEEN_LEAST", 1.1)
-    assert scores.scores(s, "crop_paste", 0)["mask_seen"].isna().all()
+    assert every(s)["mask_seen"].isna().all()
 
 
 def test_scores_are_computed_once_until_the_samples_or_the_localiser_change(s, monkeypatch):
     measured, calls = nearest.nearest_shots, []
     monkeypatch.setattr(nearest, "nearest_shots", lambda *a: calls.append(1) or measured(*a))
-    table = scores.scores(s, "crop_paste", 0)
-    table["distance"] = -1.0
-    assert (scores.scores(opened(s.parameters), "crop_paste", 0)["distance"] >= 0).all(), "a copy was changed"
+    for defect in s.defects:
+        table = scores.scores(s, "crop_paste", 0, defect)
+        table["distance"] = -1.0
+    assert (every(opened(s.parameters))["distance"] >= 0).all(), "a copy was changed"
     assert len(calls) == len(s.defects)
     folder = s.folder("crop_paste", 0)
     folder.stage_file("sample").unlink()
     stages.sample(s, "crop_paste", 0)
-    scores.scores(s, "crop_paste", 0)
+    every(s)
     assert len(calls) == 2 * len(s.defects), "drawn again"
     stages.reader(s, 0)
-    scores.scores(s, "crop_paste", 0)
+    every(s)
     assert len(calls) == 3 * len(s.defects), "the localiser has been trained"
+    quality = s.settings.quality.model_copy(update={"kid_subsets": 7})
+    every(dataclasses.replace(s, settings=s.settings.model_copy(update={"quality": quality})))
+    assert len(calls) == 4 * len(s.defects), "measured with other settings"
 
 
 def test_ranking(s):
@@ -103,14 +113,14 @@ def test_ranking(s):
         assert (worst.iloc[0] > worst.iloc[-1]) == (scores.SCORES[score].worse == "high")
     with pytest.raises(ValueError, match="there is no score 'beauty'; there are: area, "):
         scores.ranked(s, "crop_paste", 0, defect, "beauty")
-    with pytest.raises(ValueError, match=f"crop_paste has no sample of 'rust'; it has: {s.defects[0]}"):
+    with pytest.raises(ValueError, match=f"crop_paste/s0 has no sample of 'rust'; it has: {s.defects[0]}"):
         scores.ranked(s, "crop_paste", 0, "rust", "area")
 
 
 def test_samples_that_are_not_drawn(tiny_parameters):
     s = opened(tiny_parameters)
     with pytest.raises(FileNotFoundError, match=r"sample\.json is missing: draw the samples first"):
-        scores.scores(s, "crop_paste", 0)
+        scores.scores(s, "crop_paste", 0, s.defects[0])
     with pytest.raises(FileNotFoundError, match="holds no samples to explore"):
         explorer.explore_samples(s)
 
@@ -128,7 +138,7 @@ def test_a_mask_is_laid_over_its_image():
 def test_a_view_of_one_sample(s):
     defect = s.defects[1]
     figure = explorer.view(s, "crop_paste", 0, defect, 2, opacity=0)
-    row = scores.of_defect(s, "crop_paste", 0, defect).iloc[2]
+    row = scores.scores(s, "crop_paste", 0, defect).iloc[2]
     _, tinted, plain, _ = (shown.get_array() for shown in figure.axes[0].images)
     assert np.array_equal(tinted, plain)
     told = "\n".join(texts(figure))
