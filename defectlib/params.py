@@ -131,7 +131,11 @@ class Grid(Strict):
 
 
 class Profile(Strict):
-    """One of ``papermill_params/profiles``: values only, the code path is the same for all."""
+    """One of ``papermill_params/profiles``: values only, the code path is the same for all.
+
+    ``run`` names the methods that are run where nobody asks for others; empty: all. The rest are there for the
+    notebooks that tell of every method.
+    """
 
     profile: str
     backbone: str
@@ -140,6 +144,7 @@ class Profile(Strict):
     grid: Grid
     methods: dict[str, dict[str, Any]] = Field(min_length=1)
     variants: dict[str, Variant] = {}
+    run: list[str] = []
     data: DataSettings
     sample: SampleSettings
     quality: QualitySettings
@@ -160,7 +165,13 @@ class Profile(Strict):
         for field in ("n_of", "mask_source_of"):
             if unknown := sorted(set(getattr(self.sample, field)) - set(self.methods)):
                 raise ValueError(f"sample.{field} names '{unknown[0]}', which is no method of the profile")
+        if unknown := sorted(set(self.run) - set(self.methods)):
+            raise ValueError(f"run names '{unknown[0]}', which is no method of the profile")
         return self
+
+    def asked(self, methods: list[str] | None) -> list[str]:
+        """The methods to run: those asked for, else the profile's."""
+        return methods or self.run or list(self.methods)
 
     def variants_of(self, methods: Sequence[str]) -> list[str]:
         """The variants of these methods."""

@@ -24,6 +24,7 @@ from defectlib import paths
 from defectlib.augmentation import Pictures, background, training_pictures
 from defectlib.backbone import ENCODE_BATCH, Backbone
 from defectlib.branches import Dual, dual_loss
+from defectlib.branches.classes import OWN
 from defectlib.diffusion import denoise, noise_like
 from defectlib.masks.extraction import FLOOR, extract
 from defectlib.masks.interpolation import area_of, flaws
@@ -41,6 +42,7 @@ class PairConfig(MethodConfig):
     """DualAnoDiff's values are the defaults.
 
     Attributes:
+        steps: Of a defect: a model of several trains that often for each, so that methods cost the same.
         schedule: Of the learning rate: constant as in the paper, or a cosine to zero, for short fits at a high rate.
         rank: Of LoRA in the UNet, one adapter a branch, and in the text encoder, one for both prompts.
         interaction: With SAIM.
@@ -84,6 +86,7 @@ class PairMethod:
     """
 
     title: ClassVar[str]
+    scope: ClassVar[Literal["category", "defect"]]
     makes_masks = True
     preserves_background = False
     needs_backbone = True
@@ -180,8 +183,9 @@ class PairMethod:
                 clean = {name: x[items] for name, x in latents.items()}
                 return dual_loss(dual, base, clean, generator, **given(items)) + self.penalty(dual)
 
+            steps = config.steps * len({shot.defect for shot in shots})
             settings = FitSettings(
-                steps=config.steps, batch_size=config.train_batch_size, learning_rate=config.learning_rate,
+                steps=steps, batch_size=config.train_batch_size, learning_rate=config.learning_rate,
                 schedule=config.schedule, precision=config.precision,
             )  # fmt: skip
             curve = fit(dual.trained, loss, len(latents["image"]), settings, seed=seed, folder=folder)
@@ -196,6 +200,22 @@ class PairMethod:
         """An untrained model of this configuration."""
         config = self.config
         return Dual(self.backbone, config.rank, seed, checkpointing=config.gradient_checkpointing, **self.parts())
+
+    def start(self, seed: int) -> State:
+        """What is trained, as it was before a fit with this seed."""
+        return self._new(seed).trained_state()
+
+    def sizes(self) -> dict[str, int]:
+        """How many numbers were trained: in the UNet's adapters, shared and by class, in the rest, and in all."""
+        apart, state = self.scope == "defect", next(iter(self.states.values()))
+        adapters = {name: v for name, v in state.items() if name.startswith("branches.") and ".lora_" in name}
+        own = sum(v.numel() for name, v in adapters.items() if name.endswith(OWN)) // len(self.areas)
+        whole, every = sum(v.numel() for v in adapters.values()), sum(v.numel() for v in state.values())
+        shared = 0 if apart else whole - own * len(self.areas)
+        return {
+            "shared": shared, "of a class": whole if apart else own, "rest": (every - whole) * len(self.states),
+            "in all": every * len(self.states),
+        }  # fmt: skip
 
     def _encode(self, images: Tensor, name: str) -> Tensor:
         """Latents of the pictures of this name."""

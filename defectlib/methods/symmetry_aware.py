@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from defectlib.augmentation import Pictures
@@ -39,6 +39,8 @@ class SymmetryAwareConfig(PairConfig):
         class_coefficients: CSB-LoRA; False is one LoRA for all classes.
         tie_blocks: Coefficients a class and LoRA, a divisor of ``rank``; None is ``rank`` of them.
         coefficient_start: Standard deviation of the departures d_c before training.
+        vera: VeRA's frozen random bases and two learned vectors a class, to compare with; see ``branches.vera``. What
+            coefficients can be given besides is then without effect.
         shrinkage: Weight of the mean over classes of ||d_c||^2.
         orthogonality: Weight of the bases' departure from orthogonal rows.
         discrepancy: Weight of max(0, cos(d_c, d_c') - discrepancy_margin) over pairs of classes.
@@ -56,6 +58,7 @@ class SymmetryAwareConfig(PairConfig):
     class_coefficients: bool = True
     tie_blocks: int | None = Field(None, ge=1)
     coefficient_start: float = Field(START, ge=0)
+    vera: bool = False
     shrinkage: float = Field(1e-4, ge=0)
     orthogonality: float = Field(0.0, ge=0)
     discrepancy: float = Field(0.0, ge=0)
@@ -68,6 +71,12 @@ class SymmetryAwareConfig(PairConfig):
     most: float = Field(0.5, gt=0, lt=1)
     softness: float = Field(0.0, ge=0)
     x0_space: bool = False
+
+    @model_validator(mode="after")
+    def _one_form(self) -> SymmetryAwareConfig:
+        if self.vera and (self.tie_blocks or not self.class_coefficients):
+            raise ValueError("vera is a form of class_coefficients: leave them on, and tie_blocks out")
+        return self
 
 
 @register("symmetry_aware")
@@ -88,6 +97,7 @@ class SymmetryAware(PairMethod):
         found = super().parts() | {"gates": config.gates}
         if config.class_coefficients:
             found |= {"classes": len(self.areas), "blocks": config.tie_blocks, "start": config.coefficient_start}
+            found |= {"vera": config.vera}
         return found
 
     def classes(self, defect: str) -> Tensor | None:

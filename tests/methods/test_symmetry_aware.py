@@ -67,6 +67,38 @@ def test_coefficients_and_gates_move_and_classes_draw_otherwise(whole):
     assert len(scaled_layers(dual)) == 8 * len(dual.branches.processors)
 
 
+def test_a_model_of_two_defects_trains_twice_as_long(whole):
+    assert whole.curves["all"][-1][0] == 2 * QUICK["steps"]
+
+
+def test_sizes_by_hand(whole, untrained, tmp_path):
+    """Four coefficients a LoRA, two branches of four projections a layer; DualAnoDiff's are all of a class."""
+    found, layers = whole.sizes(), len(whole._new(0).branches.processors)
+    assert found["of a class"] == 4 * 8 * layers
+    assert found["in all"] == found["shared"] + 2 * found["of a class"] + found["rest"]
+    theirs = fitted(DualAnoDiff, DualAnoDiffConfig(**QUICK), SHOTS, untrained, tmp_path).sizes()
+    assert theirs["shared"] == 0 and theirs["of a class"] == found["shared"], (
+        "the same LoRA, one a class or one for all"
+    )
+    assert theirs["in all"] == 2 * theirs["of a class"] + theirs["rest"]
+    gates = 6 * layers
+    assert theirs["rest"] == 2 * (found["rest"] - gates)
+
+
+def test_vera_fits_draws_and_is_read_back(untrained, tmp_path):
+    config = SymmetryAwareConfig(**QUICK, vera=True)
+    method = fitted(SymmetryAware, config, SHOTS, untrained, tmp_path / "fit")
+    assert method.sizes()["shared"] == 0, "the bases are frozen"
+    drawn = [method.denoised([request(defect)])[0] for defect in ("hole", "dent")]
+    assert not torch.equal(*drawn), "classes differ by their vectors"
+    method.save(tmp_path / "model")
+    back = SymmetryAware.load(tmp_path / "model", untrained)
+    assert torch.equal(back.denoised([request("hole")])[0], drawn[0]), "the same bases, though they are not in the file"
+    for wrong in ({"class_coefficients": False}, {"tie_blocks": 2}):
+        with pytest.raises(ValueError, match="vera is a form of class_coefficients"):
+            SymmetryAwareConfig(vera=True, **wrong)
+
+
 def test_between_two_defects_lie_both_ends(whole):
     at = {}
     for share in (0.0, 0.5, 1.0):
