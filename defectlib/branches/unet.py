@@ -20,6 +20,9 @@ from defectlib.branches.interaction import FoldedInteraction, Interaction
 from defectlib.branches.routing import BRANCHES, PROJECTIONS, FoldedLora, Route, lora
 from defectlib.branches.vera import put_vera
 
+PASS = ("down", "mid", "up")
+"""The parts of a UNet in the order of a pass; as modules they stand in another."""
+
 
 class BranchProcessor(nn.Module):
     """The attention processor of one layer: compensation, the stock attention, interaction, each with its gate.
@@ -136,6 +139,12 @@ class BranchUNet(nn.Module):
     def processors(self) -> list[BranchProcessor]:
         """Of all attention layers."""
         return [m.processor for m in self.unet.modules() if isinstance(m, Attention)]
+
+    def gates(self) -> dict[str, Gates]:
+        """Those of all attention layers that have some, by the layer's name, in the order of a pass."""
+        found = {name: m.processor.gates for name, m in self.unet.named_modules() if isinstance(m, Attention)}
+        order = sorted(found, key=lambda name: PASS.index(name.split("_")[0]))
+        return {name: found[name] for name in order if found[name] is not None}
 
     def check(self) -> None:
         """Raise RuntimeError where a layer lost its processor, or a projection its routed LoRA, to a helper call."""

@@ -162,6 +162,10 @@ class PairMethod:
         """What a training step is given besides its rows: items (B,) to the keyword arguments of ``dual_loss``."""
         return lambda items: {}
 
+    def factors(self, dual: Dual) -> list[float] | None:
+        """Of the learning rate, one a trained parameter; None: all 1."""
+        return None
+
     def penalty(self, dual: Dual) -> Tensor | float:
         """What is added to every step's loss."""
         return 0.0
@@ -176,7 +180,7 @@ class PairMethod:
 
         def train() -> tuple[State, Curve]:
             latents = {name: self._encode(images, name) for name, images in pictures.shown.items()}
-            dual = self._new(seed)
+            dual = self.untrained(seed)
             given = self.step(dual, pictures, shots)
 
             def loss(items: Tensor, generator: torch.Generator) -> Tensor:
@@ -188,7 +192,15 @@ class PairMethod:
                 steps=steps, batch_size=config.train_batch_size, learning_rate=config.learning_rate,
                 schedule=config.schedule, precision=config.precision,
             )  # fmt: skip
-            curve = fit(dual.trained, loss, len(latents["image"]), settings, seed=seed, folder=folder)
+            curve = fit(
+                dual.trained,
+                loss,
+                len(latents["image"]),
+                settings,
+                seed=seed,
+                folder=folder,
+                factors=self.factors(dual),
+            )
             return dual.trained_state(), curve
 
         learned = digest([*pictures.shown.values(), pictures.masks])
@@ -196,14 +208,10 @@ class PairMethod:
         folder = workdir / "checkpoints" / f"{group}-{hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:12]}"
         return once(workdir / ENDED / f"{group}.safetensors", asked, train)
 
-    def _new(self, seed: int) -> Dual:
-        """An untrained model of this configuration."""
+    def untrained(self, seed: int) -> Dual:
+        """A model of this configuration as it is before a fit with this seed."""
         config = self.config
         return Dual(self.backbone, config.rank, seed, checkpointing=config.gradient_checkpointing, **self.parts())
-
-    def start(self, seed: int) -> State:
-        """What is trained, as it was before a fit with this seed."""
-        return self._new(seed).trained_state()
 
     def sizes(self) -> dict[str, int]:
         """How many numbers were trained: in the UNet's adapters, shared and by class, in the rest, and in all."""
@@ -224,7 +232,7 @@ class PairMethod:
     def dual(self, defect: str) -> Dual:
         """The model of a defect; one at a time is held, the others' trained weights lie beside it."""
         if self._dual is None:
-            self._dual = self._new(0).requires_grad_(False)
+            self._dual = self.untrained(0).requires_grad_(False)
         if self._holds != defect:
             self._dual.load_trained(self.states[self.group(defect)], self.classes(defect))
             self._holds = defect
@@ -345,7 +353,7 @@ class PairMethod:
         if described["backbone"] != backbone.digest:
             raise ValueError(f"{folder} was fitted on another base model than '{backbone.name}': fit it anew")
         method.areas = {defect: tuple(ends) for defect, ends in described["areas"].items()}
-        method._dual = method._new(0).requires_grad_(False)
+        method._dual = method.untrained(0).requires_grad_(False)
         for group, curve in described["curves"].items():
             file = folder / f"{group}.safetensors"
             method.states[group] = safetensors.torch.load_file(file)
