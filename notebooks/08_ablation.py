@@ -194,7 +194,8 @@ pd.DataFrame(sizes).T.style.format("{:,}") if several else "The symmetry-aware s
 # ### How alike classes are
 #
 # Cosines of $d_c$, how the coefficients of a class depart from what all share, over all layers: 1 for classes that use the bases
-# alike, about 0 for classes that have nothing in common, as at the random start.
+# alike, about 0 at the random start. What is common to all classes can go to the bases, and departures then cancel: $K$ classes
+# that are equally unlike have $-1/(K-1)$, which two classes that use the bases alike exceed.
 
 # %%
 if some := {name: alike[name] for name in ("symmetry_aware", "symmetry_aware_tied") if name in alike}:

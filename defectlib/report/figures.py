@@ -248,7 +248,7 @@ def _matrices(
             axes.text(x, y, texts[name][y, x], ha="center", va="center", color=ink)
         axes.set_xticks(range(n), labels, rotation=90 if n > 3 or longest > 0.8 else 0)
         axes.set_yticks(range(n), labels)
-        axes.set_title(layout.method_title(name))
+        axes.set_title("\n".join(textwrap.wrap(layout.method_title(name), int(side / 0.095))))
         axes.grid(visible=False)
         axes.spines[:].set_visible(False)
         axes.tick_params(length=0)
@@ -277,7 +277,7 @@ def gates(frame: pd.DataFrame) -> Figure:
         row.set_ylabel("\n".join(textwrap.wrap(layout.method_title(method), 22)), fontsize=8)
     figure.supxlabel("share of noise τ: drawing goes from right to left", fontsize=9)
     marks = [Line2D([], [], color=shade) for shade in shades] + [Line2D([], [], color="#222222", linestyle="--")]
-    figure.legend(marks, [*blocks, "at the start"], loc="outside upper left", ncols=min(6, len(marks)))
+    figure.legend(marks, [*blocks, "at the start"], loc="outside upper left", ncols=min(7, len(marks)))
     return _settled(figure)
 
 

@@ -24,11 +24,11 @@ METHOD_TITLES = {name: title for title, name in published.METHODS.items()} | {
     "adabldm_no_decoder_adaptation": "AdaBLDM w/o decoder adaptation",
     "adabldm_as_shots": "AdaBLDM, as deep as the shots", "adabldm_mask_hint": "AdaBLDM, mask in the trimap's place",
     "adabldm_as_released": "AdaBLDM, as released",
-    "symmetry_aware_no_coefficients": "symmetry-aware, one LoRA for all",
-    "symmetry_aware_tied": "symmetry-aware, tied blocks", "symmetry_aware_vera": "symmetry-aware, VeRA",
-    "symmetry_aware_no_gates": "symmetry-aware w/o TDAM", "symmetry_aware_cosine": "symmetry-aware, cosine gates",
-    "symmetry_aware_prior": "symmetry-aware, gates from the prior",
-    "symmetry_aware_no_guidance": "symmetry-aware w/o SGRL", "symmetry_aware_compensated": "symmetry-aware with BCM",
+    "symmetry_aware_no_coefficients": "Symmetry-aware, one LoRA for all",
+    "symmetry_aware_tied": "Symmetry-aware, tied blocks", "symmetry_aware_vera": "Symmetry-aware, VeRA",
+    "symmetry_aware_no_gates": "Symmetry-aware w/o TDAM", "symmetry_aware_cosine": "Symmetry-aware, cosine gates",
+    "symmetry_aware_prior": "Symmetry-aware, gates from the prior",
+    "symmetry_aware_no_guidance": "Symmetry-aware w/o SGRL", "symmetry_aware_compensated": "Symmetry-aware with BCM",
     "defectsynth_filtered": "DefectSynth, filtered", "crop_paste_filtered": "Crop-Paste, filtered",
 }  # fmt: skip
 DATASET_TITLES = {name: title for title, name in published.DATASETS.items()}

@@ -46,12 +46,18 @@ def gates(method: SymmetryAware, seed: int) -> pd.DataFrame:
     """
     learned, before = _dual(method).branches.gates(), method.untrained(seed).branches.gates()
     rows = [
-        (kind, ".".join(layer.split(".")[:2]), layer, *values)
+        (kind, _block(layer), layer, *values)
         for layer in learned
         for kind, *both in zip(KINDS, _values(learned[layer]), _values(before[layer]), strict=True)
         for values in zip(TAU.tolist(), *both, strict=True)
     ]
     return pd.DataFrame(rows, columns=["kind", "block", "layer", "tau", "gate", "start"])
+
+
+def _block(layer: str) -> str:
+    """A layer's block in words: "down_blocks.1.attentions…" is "down 1"."""
+    part, number = re.match(r"(\w+?)_block\w*\.(\w+)", layer).groups()
+    return "middle" if part == "mid" else f"{part} {number}"
 
 
 @torch.no_grad()
