@@ -297,15 +297,23 @@ def _mask_seen(s: Study, seed: int, defect: str, held_out: list, images: Tensor,
 
 
 def _class_seen(s: Study, seed: int, defect: str, held_out: list, images: Tensor) -> dict[str, Any]:
-    """Value and protocol of ``class_seen``; withheld where the sorter does not know real, held-out defects either."""
+    """Value and protocol of ``class_seen``; withheld where the sorter does not know real, held-out defects either.
+
+    ``on_others`` is the share of other real defects that it takes for this one: where high, the value says little.
+    """
     if len(s.defects) < 2:
         return {"value": None, "protocol": {"why_withheld": "one defect type: there is nothing to tell apart"}}
     model, label = sorter(s, seed)[0], s.defects.index(defect)
     real = [image for image, _, name, _ in held_out if name == defect]
-    known = _taken_for(model, torch.stack(real)).eq(label).float().mean().item() if real else None
+    others = [image for image, _, name, _ in held_out if name not in (defect, "good")]
+    known, wrong = (
+        _taken_for(model, torch.stack(some)).eq(label).float().mean().item() if some else None
+        for some in (real, others)
+    )
     taken = _taken_for(model, images)
     told = {
         "n_generated": len(images), "n_real": len(real), "sorter": "the classifier of the shots", "on_real": known,
+        "on_others": wrong,
         "seen_as": {name: int(taken.eq(i).sum()) for i, name in enumerate(s.defects)},
     }  # fmt: skip
     if known is not None and known <= 1 / len(s.defects):

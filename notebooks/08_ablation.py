@@ -81,8 +81,9 @@ pd.DataFrame(rows, columns=["method", "variant", "what is changed"]).set_index([
 # KID is times 1,000. A mask's IoU is its largest overlap with a real mask of the defect after the best turn and shift;
 # `NaN`: the method makes its own masks. `mask_seen` is how far the masks lie on what a localiser of the real shots finds in the
 # samples (notebook 7). `class_seen` is the share of a defect's samples that a classifier of the real shots takes for that defect;
-# where the classifier does not know the real, held-out ones either, it is withheld. Where a source gave no mask for a defect, the row is the mean of the others', and
-# the sentence below the table says so. A filtered variant draws nothing: it keeps the better part of what its method drew (the
+# where the classifier does not know the real, held-out ones either, it is withheld, and where it takes other real defects for
+# this one too, which its protocol says, it means little. Where a source gave no mask for a defect, the row is the mean of the
+# others', and the sentence below the table says so. A filtered variant draws nothing: it keeps the better part of what its method drew (the
 # same models trained on both are in notebook 9); kept by `mask_seen`, it is bound to look better in that column.
 
 # %%

@@ -78,7 +78,7 @@ def moved(method: SymmetryAware, seed: int) -> pd.DataFrame:
     learned, before = _dual(method).trained_state(), method.untrained(seed).trained_state()
     pairs = [(part, *(_of_part(state, name) for state in (before, learned))) for part, name in LEARNED.items()]
     for kind, own in gates(method, seed).groupby("kind", sort=False):
-        pairs.append((f"gate: {kind}", *(torch.tensor(own[name].to_numpy()) for name in ("start", "gate"))))
+        pairs.append((f"{kind} gate", *(torch.tensor(own[name].to_numpy()) for name in ("start", "gate"))))
     rows = [
         (part, *(x.square().mean().sqrt().item() for x in (start, end - start)), (end - start).abs().max().item())
         for part, start, end in pairs if len(start)

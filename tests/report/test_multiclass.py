@@ -43,7 +43,7 @@ def test_moves_by_hand(model):
     assert table.loc["coefficients", "start"] == pytest.approx(0.02, rel=0.1)
     gate = 2 / (1 + np.exp(-1)) - 1
     for kind in ("background", "interaction", "fusion"):
-        assert table.loc[f"gate: {kind}"].tolist() == pytest.approx([1, gate, gate], abs=1e-6)
+        assert table.loc[f"{kind} gate"].tolist() == pytest.approx([1, gate, gate], abs=1e-6)
     assert table.loc["LoRA, A", "moved"] == table.loc["LoRA, B", "start"] == 0
     assert "vectors of VeRA" not in table.index
 
