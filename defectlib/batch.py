@@ -65,7 +65,7 @@ def jobs(parameters: Parameters, categories: list[str], grouping: str = "categor
             10 s a kernel); "run": one job a method and seed (a cluster).
     """
     settings = parameters.settings()
-    methods = parameters.methods or list(settings.methods)
+    methods = settings.asked(parameters.methods)
     seeds = parameters.seeds or settings.seeds
     groups = {"": (methods, seeds)}
     if grouping == "run":

@@ -19,7 +19,7 @@ from defectlib import paths, runs, sampling
 from defectlib.metrics import regions
 from defectlib.params import TrainSettings
 from defectlib.runs import RunFolder
-from defectlib.stages import reader, sample
+from defectlib.stages import reader, sample, sorter
 from defectlib.study import SHOTS_ONLY, Study
 from defectlib.types import Sample, Shot
 
@@ -110,19 +110,31 @@ def _split(items: Sequence[Item], test: Test, rule: str, seed: int) -> tuple[lis
 
 
 def train_classifier(
-    s: Study, shots: Sequence[Item], drawn: Sequence[Item], test: Test, settings: TrainSettings, seed: int
+    s: Study,
+    shots: Sequence[Item],
+    drawn: Sequence[Item],
+    test: Test,
+    settings: TrainSettings,
+    seed: int,
+    kept: bool = False,
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """A classifier under the profile's rule of selection, and its protocol; what is held back is drawn, if any is."""
+    """A classifier under the profile's rule of selection, and its protocol; ``kept`` takes the sorter of all shots.
+
+    What is held back is drawn, if any is.
+    """
     rule, n = s.settings.downstream.selection, s.settings.downstream.checkpoints
-    kept, judge = _split(drawn or shots, test, rule, seed)
-    train = [*shots, *kept] if drawn else kept
+    left, judge = _split(drawn or shots, test, rule, seed)
+    train = [*shots, *left] if drawn else left
     labels = torch.tensor([s.defects.index(item.defect) for item in train])
     choice = None if rule == "last" else models.Checkpoints(n, lambda model: accuracy(s, model, judge))
-    model, losses = models.train_classifier(
-        torch.stack([item.image for item in train]), labels, len(s.defects), settings, seed, choice
-    )
-    told = {"n_train_real": len(train) - len(kept) if drawn else len(kept), "n_generated": len(kept) if drawn else 0}
-    return model, {**_told("classification", rule, choice, losses, len(drawn or shots) - len(kept)), **told}
+    if kept and choice is None:
+        model, points = sorter(s, seed)
+        losses = [loss for _, loss in points]
+    else:
+        pictures = torch.stack([item.image for item in train])
+        model, losses = models.train_classifier(pictures, labels, len(s.defects), settings, seed, choice)
+    told = {"n_train_real": len(train) - len(left) if drawn else len(left), "n_generated": len(left) if drawn else 0}
+    return model, {**_told("classification", rule, choice, losses, len(drawn or shots) - len(left)), **told}
 
 
 def train_localiser(
@@ -187,7 +199,7 @@ def _classification(s: Study, folder: RunFolder, shots: list, drawn: list, held_
     if len(s.defects) < 2:
         reason = {"why_withheld": "one defect type: there is nothing to tell apart"}
         return [{"metric": m, "value": None, "protocol": protocol | reason} for m in ("accuracy", "f1_macro")]
-    model, told = train_classifier(s, shots, drawn, test, settings, seed)
+    model, told = train_classifier(s, shots, drawn, test, settings, seed, kept=not drawn)
     probability = models.predict_classes(model, torch.stack([image for image, *_ in test]))
     table = pd.DataFrame(probability.numpy(), columns=[f"p_{d}" for d in s.defects])
     table.insert(0, "id", [name for *_, name in test])

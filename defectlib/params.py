@@ -56,7 +56,10 @@ class SampleSettings(Strict):
 
 
 class QualitySettings(Strict):
-    """Extractors and protocol of KID, IS, LPIPS and IC-LPIPS."""
+    """Extractors and protocol of KID, IS, LPIPS and IC-LPIPS.
+
+    ``class_seen`` also asks which defect a classifier of the shots takes a sample for, where one model draws several.
+    """
 
     extractor: Literal["tiny", "inception"]
     perceptual: Literal["tiny", "alex", "vgg"]
@@ -64,6 +67,7 @@ class QualitySettings(Strict):
     kid_subset_cap: int = Field(ge=2)
     kid_subsets: int = Field(ge=1)
     seeds: list[int] = Field(min_length=1)
+    class_seen: bool = False
 
 
 class TrainSettings(Strict):
@@ -159,7 +163,11 @@ class Grid(Strict):
 
 
 class Profile(Strict):
-    """One of ``papermill_params/profiles``: values only, the code path is the same for all."""
+    """One of ``papermill_params/profiles``: values only, the code path is the same for all.
+
+    ``run`` names the methods that are run where nobody asks for others; empty: all. The rest are there for the
+    notebooks that tell of every method.
+    """
 
     profile: str
     backbone: str
@@ -168,6 +176,7 @@ class Profile(Strict):
     grid: Grid
     methods: dict[str, dict[str, Any]] = Field(min_length=1)
     variants: dict[str, Variant] = {}
+    run: list[str] = []
     data: DataSettings
     sample: SampleSettings
     quality: QualitySettings
@@ -188,7 +197,13 @@ class Profile(Strict):
         for field in ("n_of", "mask_source_of"):
             if unknown := sorted(set(getattr(self.sample, field)) - set(self.methods)):
                 raise ValueError(f"sample.{field} names '{unknown[0]}', which is no method of the profile")
+        if unknown := sorted(set(self.run) - set(self.methods)):
+            raise ValueError(f"run names '{unknown[0]}', which is no method of the profile")
         return self
+
+    def asked(self, methods: list[str] | None) -> list[str]:
+        """The methods to run: those asked for, else the profile's."""
+        return methods or self.run or list(self.methods)
 
     def variants_of(self, methods: Sequence[str]) -> list[str]:
         """The variants of these methods."""

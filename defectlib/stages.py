@@ -10,7 +10,7 @@ import functools
 import os
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -27,11 +27,12 @@ from defectlib.masks.interpolation import NoMask, mask_iou
 from defectlib.metrics import bootstrap, features, nearest, neighbours, regions
 from defectlib.metrics import quality as quality_metrics
 from defectlib.metrics.features import metric_name
+from defectlib.params import TrainSettings
 from defectlib.study import SHOTS_ONLY, Study
 from defectlib.training import Curve, State, once
 from defectlib.types import Sample, Shot
 
-SEEN = "mask_seen"
+SEEN, CLASS_SEEN = "mask_seen", "class_seen"
 # Below it the reader misses even most real defects, and what it says of drawn ones means nothing.
 SEEN_LEAST = 0.2
 # IoU from which a drawn mask counts as a shot's.
@@ -182,14 +183,19 @@ def quality(s: Study, method: str, seed: int) -> dict[str, Any]:
 
     Real images are all those of the defect (shots and held-out), as in DefectSynth; IC-LPIPS clusters around the shots.
     ``shot-distance`` says how far samples keep from the shots, see :func:`nearest.shot_distance`, and ``mask_seen``
-    whether the masks lie on the defects, see :func:`seen`.
+    whether the masks lie on the defects, see :func:`seen`; ``class_seen``, where the profile asks for
+    it, is the share of a defect's samples that :func:`sorter` takes for it.
     """
     upstream = sample(s, method, seed)
     values = {
-        "quality": s.settings.quality.model_dump(), "reader": s.settings.downstream.localiser.model_dump(),
+        "quality": s.settings.quality.model_dump(exclude={"class_seen"}),
+        "reader": s.settings.downstream.localiser.model_dump(),
         # Runs from before intervals and neighbours were measured are measured again.
         "draws": bootstrap.DRAWS, "neighbour": neighbours.K,
     }  # fmt: skip
+    asks_class = s.settings.quality.class_seen
+    if asks_class:
+        values["sorter"] = s.settings.downstream.classifier.model_dump()
     folder, key = s.folder(method, seed), runs.stage_key(values, [upstream["key"]])
     if (record := folder.complete("quality", key)) is not None:
         return record
@@ -201,7 +207,7 @@ def quality(s: Study, method: str, seed: int) -> dict[str, Any]:
             if not drawn:
                 why = {"n_generated": 0, "why_withheld": "no mask could be drawn for this defect"}
                 names = quality_metrics.names(s.settings.quality.extractor, s.settings.quality.perceptual)
-                names += [metric_name(s.settings.quality.extractor, "shot-distance"), SEEN]
+                names += [metric_name(s.settings.quality.extractor, "shot-distance"), SEEN, *[CLASS_SEEN] * asks_class]
                 metrics.extend({"metric": m, "value": None, "defect": defect, "protocol": why} for m in names)
                 continue
             pictures, masks = sampling.stack(drawn)
@@ -209,6 +215,8 @@ def quality(s: Study, method: str, seed: int) -> dict[str, Any]:
             rows = quality_metrics.evaluate(list(pictures), s.real(defect, seed), refs, **s.quality_arguments())
             rows.append(_shot_distance(s, drawn, real))
             rows.append({"metric": SEEN, **_mask_seen(s, seed, defect, held_out, pictures, masks)})
+            if asks_class:
+                rows.append({"metric": CLASS_SEEN, **_class_seen(s, seed, defect, held_out, pictures)})
             metrics.extend({**row, "defect": defect} for row in rows)
     return folder.record("quality")
 
@@ -231,22 +239,54 @@ def reader(s: Study, seed: int) -> tuple[nn.Module, Curve]:
     """The localiser trained on the shots alone, and its losses: the row ``shots_only``; trained once a run and kept."""
     settings = s.settings.downstream.localiser
 
-    def train() -> tuple[State, Curve]:
+    def train() -> tuple[nn.Module, list[float]]:
         pictures, masks = sampling.stack(s.shots(seed))
-        model, losses = models.train_localiser(pictures, masks, torch.stack(s.normals(seed)), settings, seed)
+        return models.train_localiser(pictures, masks, torch.stack(s.normals(seed)), settings, seed)
+
+    return _of_shots(s, seed, "reader", settings, train, models.build_localiser)
+
+
+def sorter(s: Study, seed: int) -> tuple[nn.Module, Curve]:
+    """The classifier trained on the shots alone, and its losses: ``shots_only`` again; trained once a run and kept."""
+    settings, n = s.settings.downstream.classifier, len(s.defects)
+
+    def train() -> tuple[nn.Module, list[float]]:
+        shots = s.shots(seed)
+        labels = torch.tensor([s.defects.index(shot.defect) for shot in shots])
+        return models.train_classifier(torch.stack([shot.image for shot in shots]), labels, n, settings, seed)
+
+    return _of_shots(s, seed, "sorter", settings, train, lambda blank: models.build_classifier(blank, n))
+
+
+def _of_shots(
+    s: Study,
+    seed: int,
+    name: str,
+    settings: TrainSettings,
+    train: Callable[[], tuple[nn.Module, list[float]]],
+    build: Callable[[TrainSettings], nn.Module],
+) -> tuple[nn.Module, Curve]:
+    """A downstream model of the shots and its losses, from its file where it is there."""
+
+    def learned() -> tuple[State, Curve]:
+        model, losses = train()
         state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
         return state, list(enumerate(losses, 1))
 
-    state, curve = once(*kept_reader(s, seed), train)
-    model = models.build_localiser(settings)
+    state, curve = once(*_kept(s, seed, name, settings), learned)
+    model = build(settings.model_copy(update={"pretrained": False}))
     model.load_state_dict(state)
     return model.to(models.device()).eval(), curve
 
 
 def kept_reader(s: Study, seed: int) -> tuple[Path, list]:
     """The file in which :func:`reader` is kept, and what its training depends on."""
-    file = s.folder(SHOTS_ONLY, seed).path / "reader.safetensors"
-    return file, [s.settings.downstream.localiser.model_dump(), s.data_key(seed), seed]
+    return _kept(s, seed, "reader", s.settings.downstream.localiser)
+
+
+def _kept(s: Study, seed: int, name: str, settings: TrainSettings) -> tuple[Path, list]:
+    file = s.folder(SHOTS_ONLY, seed).path / f"{name}.safetensors"
+    return file, [settings.model_dump(), s.data_key(seed), seed]
 
 
 def seen(s: Study, seed: int, images: Tensor, masks: Tensor) -> list[float]:
@@ -277,3 +317,33 @@ def _mask_seen(s: Study, seed: int, defect: str, held_out: list, images: Tensor,
         why = f"on real, held-out defects what the localiser finds overlaps the mask with an IoU of {known:.2f} only"
         return {"value": None, "protocol": told | {"why_withheld": why}}
     return {"value": float(np.mean(seen(s, seed, images, masks))), "protocol": told}
+
+
+def _class_seen(s: Study, seed: int, defect: str, held_out: list, images: Tensor) -> dict[str, Any]:
+    """Value and protocol of ``class_seen``; withheld where the sorter does not know real, held-out defects either.
+
+    ``on_others`` is the share of other real defects that it takes for this one: where high, the value says little.
+    """
+    if len(s.defects) < 2:
+        return {"value": None, "protocol": {"why_withheld": "one defect type: there is nothing to tell apart"}}
+    model, label = sorter(s, seed)[0], s.defects.index(defect)
+    real = [image for image, _, name, _ in held_out if name == defect]
+    others = [image for image, _, name, _ in held_out if name not in (defect, "good")]
+    known, wrong = (
+        _taken_for(model, torch.stack(some)).eq(label).float().mean().item() if some else None
+        for some in (real, others)
+    )
+    taken = _taken_for(model, images)
+    told = {
+        "n_generated": len(images), "n_real": len(real), "sorter": "the classifier of the shots", "on_real": known,
+        "on_others": wrong,
+        "seen_as": {name: int(taken.eq(i).sum()) for i, name in enumerate(s.defects)},
+    }  # fmt: skip
+    if known is not None and known <= 1 / len(s.defects):
+        why = f"the classifier knows {known:.0%} of the real, held-out ones, which is no better than chance"
+        return {"value": None, "protocol": told | {"why_withheld": why}}
+    return {"value": taken.eq(label).float().mean().item(), "protocol": told}
+
+
+def _taken_for(model: nn.Module, images: Tensor) -> Tensor:
+    return models.predict_classes(model, images).argmax(1)

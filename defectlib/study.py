@@ -244,7 +244,7 @@ def open_category(parameters: Parameters) -> Study:
     unknown = sorted(set(defects) - set(every))
     if unknown:
         raise ValueError(f"{category} has no defect {', '.join(unknown)} with shots; it has: {', '.join(every)}")
-    methods = parameters.methods or list(settings.methods)
+    methods = settings.asked(parameters.methods)
     variants = settings.variants_of(methods)
     for name in [*methods, *variants]:
         _config(settings, name)
@@ -332,7 +332,7 @@ def results(parameters: Parameters, categories: Sequence[str]) -> pd.DataFrame:
     """
     settings, folder = parameters.settings(), parameters.dataset_folder()
     found = runs.collect(folder.parents[1], parameters.profile_name, parameters.dataset)
-    methods = parameters.methods or list(settings.methods)
+    methods = settings.asked(parameters.methods)
     asked = (
         (found["split"] == settings.data.split)
         & found["category"].isin(categories)

@@ -46,12 +46,14 @@ figures_root = None
 import json
 
 import pandas as pd
+import torch
 from IPython.display import display
+from torch.nn.functional import interpolate
 
 from defectlib import params, published, sampling, stages, study
 from defectlib.augmentation import background
 from defectlib.metrics import quality
-from defectlib.report import figures, layout, tables
+from defectlib.report import figures, layout, multiclass, tables
 
 p = params.read(globals())
 s = study.open_category(p)
@@ -78,9 +80,11 @@ pd.DataFrame(rows, columns=["method", "variant", "what is changed"]).set_index([
 # Averages over the category's defects and over the seeds; the sd is over the seeds, and `NaN` where there is one.
 # KID is times 1,000. A mask's IoU is its largest overlap with a real mask of the defect after the best turn and shift;
 # `NaN`: the method makes its own masks. `mask_seen` is how far the masks lie on what a localiser of the real shots finds in the
-# samples (notebook 7). Where a source gave no mask for a defect, the row is the mean of the others', and
-# the sentence below the table says so. A filtered variant draws nothing: it keeps the better part of what its method drew, and the
-# sentence says by what. It is bound to look better by that; notebook 9 trains on both.
+# samples (notebook 7). `class_seen` is the share of a defect's samples that a classifier of the real shots takes for that defect;
+# where the classifier does not know the real, held-out ones either, it is withheld, and where it takes other real defects for
+# this one too, which its protocol says, it means little. Where a source gave no mask for a defect, the row is the mean of the
+# others', and the sentence below the table says so. A filtered variant draws nothing: it keeps the better part of what its
+# method drew, and the sentence says by what. It is bound to look better by that; notebook 9 trains on both.
 
 # %%
 families = [[m, *(v for v in s.variants if s.settings.variants[v].of == m)] for m in s.methods]
@@ -92,7 +96,7 @@ seeds = asked.groupby(["method", "metric", "seed"])["value"].mean()
 mean, sd = seeds.groupby(level=[0, 1]).mean().unstack(), seeds.groupby(level=[0, 1]).std().unstack()
 q = s.settings.quality
 measures = [m for m in quality.names(q.extractor, q.perceptual) if published.kind(m) not in ("precision", "recall")]
-kid, *shown = *measures, "mask_iou", stages.SEEN, "seconds_per_image"
+kid, *shown = *measures, "mask_iou", stages.SEEN, stages.CLASS_SEEN, "seconds_per_image"
 summary = pd.DataFrame(
     {"KID x 1000": mean[kid] * 1000, "sd": sd[kid] * 1000} | {m: mean[m] for m in shown if m in mean}
 )
@@ -165,6 +169,90 @@ else:
     print(
         f"{s.category}: no variant with background compensation here (the surface fills the frame, or the profile has none)."
     )
+
+# %% [markdown]
+# ## One model for all defects: the symmetry-aware system
+#
+# Only where it is among the methods. DualAnoDiff trains a model for every defect. Here one model draws all of them, by LoRA
+# with bases that all share and coefficients of each class (CSB-LoRA); `tied` has few coefficients a LoRA, `VeRA` frozen random
+# bases and two vectors a class. How many numbers that makes, as trained on this category: in the adapters of the UNet, in
+# the rest (interaction, gates and the text encoder's LoRA, which are of the model), and in all.
+
+# %%
+several = [name for name in names if s.method_of(name).name == "symmetry_aware" and not s.keep(name)]
+pairs = [name for name in names if name == "dualanodiff" or name in several] if several else []
+seed, sizes, moves, curves, alike = s.seeds[0], {}, {}, {}, {}
+for name in pairs:
+    fitted = s.load(name, seed)
+    sizes[layout.method_title(name)] = fitted.sizes()
+    if name in several:
+        moves[name], curves[name] = multiclass.moved(fitted, seed), multiclass.gates(fitted, seed)
+    if name in several and s.config(name).class_coefficients and not s.config(name).vera:
+        alike[name] = multiclass.similarity(fitted)
+pd.DataFrame(sizes).T.style.format("{:,}") if several else "The symmetry-aware system was not asked for."
+
+# %% [markdown]
+# ### How alike classes are
+#
+# Cosines of $d_c$, how the coefficients of a class depart from what all share, over all layers: 1 for classes that use the bases
+# alike, about 0 at the random start. What is common to all classes can go to the bases, and departures then cancel: $K$ classes
+# that are equally unlike have $-1/(K-1)$, which two classes that use the bases alike exceed.
+
+# %%
+if some := {name: alike[name] for name in ("symmetry_aware", "symmetry_aware_tied") if name in alike}:
+    figure = figures.similarity(some, list(fitted.areas))
+    figures.save(figure, folder, f"symmetry_aware_similarity_{s.category}")
+    display(figure)
+
+# %% [markdown]
+# ### Gates over the denoising
+#
+# TDAM's three gates of every layer over the share of noise: how strongly a background is read, how strongly the branches
+# interact, and how strongly an attention layer's output is added. At 1 everywhere they are DualAnoDiff; drawing goes from right
+# to left. Without background compensation the first acts on nothing, and stays where it started.
+
+# %%
+gated = {name: own for name, own in curves.items() if s.config(name).gates in ("neutral", "prior")}
+shown = ("symmetry_aware", "symmetry_aware_prior", "symmetry_aware_compensated")
+lines = [own.assign(method=name) for name, own in gated.items() if name in shown]
+if lines:
+    lines = pd.concat(lines)
+    figure = figures.gates(lines)
+    figures.save(figure, folder, f"symmetry_aware_gates_{s.category}", lines)
+    display(figure)
+
+# %% [markdown]
+# ### Where the loss looks
+#
+# SGRL's weights of the first shots of each defect, in latent cells: the defect, and a band around its boundary. Their mean is 1,
+# and the defect takes half of all weight at most; white is the largest weight of a map, which the line below it names.
+
+# %%
+if "symmetry_aware" in several:
+    looking = s.load("symmetry_aware", seed)
+    own = {d: [shot for shot in s.shots(seed) if shot.defect == d][:3] for d in s.defects}
+    weights = {d: looking.spatial(torch.stack([shot.mask for shot in few])) for d, few in own.items()}
+    maps = {d: interpolate(w / w.amax((1, 2, 3), keepdim=True), s.size, mode="nearest") for d, w in weights.items()}
+    rows = [[cell for shot, seen in zip(own[d], maps[d]) for cell in (shot.image, seen)] for d in s.defects]
+    masks = [[shot.mask for shot in own[d] for _ in range(2)] for d in s.defects]
+    figure = figures.sheet(rows, row_labels=list(s.defects), outline_masks=masks, scale=128 / s.size)
+    figures.save(figure, folder, f"symmetry_aware_weights_{s.category}")
+    display(figure)
+    for d, w in weights.items():
+        print(f"{d}: largest weight of each map {', '.join(f'{x:.1f}' for x in w.amax((1, 2, 3)))}")
+
+# %% [markdown]
+# ### What moved
+#
+# Root mean squares over all layers, of what was learned at its start and of how far training moved it; of gates, of their values
+# over $\tau$. What moved by less than 0.01 at most has stayed where it was, and does nothing that the start did not.
+
+# %%
+for name, table in moves.items():
+    for row in table.itertuples(index=False):
+        stayed = f"stayed where it was ({row.most:.1g} at most)" if row.most < multiclass.STAYED else ""
+        told = stayed or f"{row.start:.3f} at the start, moved by {row.moved:.3f}, by {row.most:.2f} at most"
+        print(f"{layout.method_title(name)}, {row.part}: {told}")
 
 # %% [markdown]
 # ## Tables V, VI and VII

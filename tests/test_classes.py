@@ -9,6 +9,8 @@ from diffusers import DDIMScheduler, UNet2DConditionModel
 from defectlib import diffusion
 from defectlib.branches import BranchUNet, classes, gates, guidance
 from defectlib.branches.classes import ClassScaled, Rows, scaled_layers
+from defectlib.branches.routing import BRANCHES
+from defectlib.branches.vera import Vectors
 
 STEP = torch.tensor(500)
 
@@ -120,6 +122,59 @@ def test_an_adapter_call_keeps_the_coefficients(untrained):
     assert all(a.rows is copied.rows for a in scaled_layers(copied)), "a copy has rows of its own"
 
 
+def vera(untrained, n=2):
+    return BranchUNet(untrained.unet, 4, 0, classes=n, vera=True)
+
+
+def test_vera_is_pefts_to_the_rule(untrained):
+    """diag(b) B diag(d) A, against the layer of peft itself with our bases and one class's vectors in it."""
+    from peft import VeraConfig, get_peft_model
+
+    linear = torch.nn.Sequential(torch.nn.Linear(6, 5))
+    theirs = get_peft_model(copy.deepcopy(linear), VeraConfig(r=4, target_modules=["0"])).base_model.model[0]
+    rows_of = Rows()
+    down, up = (Vectors(theirs.__getattr__(f"vera_{x}")["default"], 3, rows_of, s) for x, s in (("A", 0.1), ("B", 0.0)))
+    assert torch.equal(down.vectors[0], theirs.vera_lambda_d["default"]), "d starts as peft's"
+    assert torch.equal(up.vectors[0], theirs.vera_lambda_b["default"]), "and so does b"
+    with torch.no_grad():
+        down.vectors.copy_(normal(3, 4)), up.vectors.copy_(normal(3, 5, seed=1))
+        theirs.vera_lambda_d["default"].copy_(down.vectors[1]), theirs.vera_lambda_b["default"].copy_(up.vectors[1])
+        hidden = normal(2, 7, 6)
+        with rows_of.of(torch.tensor([1, 1])):
+            assert torch.allclose(linear(hidden) + up(down(hidden)), theirs(hidden), atol=1e-5)
+        one = torch.tensor([1])
+        assert torch.allclose(up.of_class(one) @ down.of_class(one), theirs.get_delta_weight("default"), atol=1e-5)
+
+
+def test_vera_shares_frozen_bases_and_starts_at_the_base_model(untrained):
+    branches, noisy, text = vera(untrained), *rows(untrained)
+    with torch.no_grad():
+        first = branches(noisy, STEP, text, classes=torch.tensor([0, 1]))
+        assert torch.equal(first, branches(noisy, STEP, text, classes=torch.tensor([1, 0]))), "b is zero"
+    found = [m for m in branches.modules() if isinstance(m, Vectors)]
+    assert len(found) == 2 * 8 * len(branches.processors)
+    storages = {m.frozen.untyped_storage().data_ptr() for m in found}
+    assert len(storages) == 2, "one A and one B for all projections and branches"
+    learned = {name for name, value in branches.named_parameters() if value.requires_grad and ".lora_" in name}
+    assert learned and all(name.endswith(".vectors") for name in learned)
+    again = {name: value for name, value in vera(untrained).named_buffers() if name.endswith(".frozen")}
+    assert all(torch.equal(value, again[n]) for n, value in branches.named_buffers() if n.endswith(".frozen"))
+    branches.unet.set_adapter(list(BRANCHES))
+    assert {n for n, v in branches.named_parameters() if v.requires_grad and ".lora_" in n} == learned
+
+
+def test_vera_in_a_mixed_batch_is_each_class_by_itself_and_folded(untrained):
+    branches, noisy, text = disturbed(vera(untrained)), *rows(untrained)
+    with torch.no_grad():
+        together = branches(noisy, STEP, text, classes=torch.tensor([1, 0]))
+        for i, k in enumerate((1, 0)):
+            branches.fold(torch.tensor([k]))
+            folded = branches(noisy[[i, 2 + i]], STEP, text[[i, 2 + i]])
+            branches.unfold()
+            assert (folded - together[[i, 2 + i]]).abs().max() < 1e-4 * together.abs().max()
+        assert (branches(noisy, STEP, text, classes=torch.tensor([0, 1])) - together).abs().max() > 1e-3
+
+
 def test_the_counts_of_stable_diffusion():
     """32 coefficients a LoRA, 32 layers of 4 projections in 2 branches: 8,192 a class; 3 gates of 2 numbers a layer."""
     with torch.device("meta"):
@@ -129,6 +184,9 @@ def test_the_counts_of_stable_diffusion():
             up_block_types=("UpBlock2D", *["CrossAttnUpBlock2D"] * 3),
         )  # fmt: skip
     counts = BranchUNet(unet, 32, 0, classes=5, gates="neutral").counts()
+    frozen = BranchUNet(unet, 32, 0, classes=5, vera=True).counts()
+    widths = [m.out_features for n, m in unet.named_modules() if n.endswith(("to_q", "to_k", "to_v", "to_out.0"))]
+    assert frozen["LoRA"] == 0 and frozen["VeRA"] == 5 * 2 * sum(32 + width for width in widths)
     assert counts["CSB"] == 5 * 8192 and counts["TDAM"] == 192 and round(counts["LoRA"] / 1e6, 2) == 12.75
 
 

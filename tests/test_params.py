@@ -92,3 +92,26 @@ def test_another_number_is_drawn_of_methods_that_are_there():
     wrong = values | {"sample": values["sample"] | {"n_of": {"dualanodif": 3}}}
     with pytest.raises(ValidationError, match="names 'dualanodif', which is no method of the profile"):
         params.Profile(**wrong)
+
+
+def test_a_profile_may_hold_more_methods_than_it_runs():
+    values = params.load_yaml(params.paths.PARAMS / "profiles" / "symmetry.yaml")
+    profile = params.Profile(**values)
+    assert profile.asked(None) == ["dualanodiff", "symmetry_aware"] and "adabldm" in profile.methods
+    assert profile.asked(["adabldm"]) == ["adabldm"]
+    smoke = params.load_profile("smoke")
+    assert smoke.asked(None) == list(smoke.methods)
+    with pytest.raises(ValidationError, match="run names 'symetry', which is no method of the profile"):
+        params.Profile(**values | {"run": ["symetry"]})
+
+
+def test_the_symmetry_profile_differs_from_demo_in_its_methods_alone():
+    ours, demo = params.load_profile("symmetry"), params.load_profile("demo")
+    assert ours.quality.class_seen and not demo.quality.class_seen, "asked where one model draws several defects"
+    demo = demo.model_copy(update={"quality": demo.quality.model_copy(update={"class_seen": True})})
+    for part in ("backbone", "data", "sample", "quality", "downstream"):
+        assert getattr(ours, part) == getattr(demo, part), part
+    for name in set(ours.methods) - {"symmetry_aware"}:
+        assert ours.methods[name] == demo.methods[name]
+    shared = {k: v for k, v in ours.methods["symmetry_aware"].items() if k != "own_rate"}
+    assert shared == ours.methods["dualanodiff"], "equal cost: steps are of a defect"

@@ -1,3 +1,4 @@
+import dataclasses
 import shutil
 from collections import Counter
 
@@ -188,6 +189,45 @@ def test_what_a_blind_reader_says_is_withheld(tiny_parameters, monkeypatch):
     rows = [m for m in stages.quality(s, "crop_paste", 0)["metrics"] if m["metric"] == stages.SEEN]
     assert len(rows) == len(s.defects) and all(m["value"] is None and m["protocol"]["on_real"] == 0 for m in rows)
     assert all("IoU of 0.00 only" in m["protocol"]["why_withheld"] for m in rows)
+
+
+def test_classes_are_seen_by_a_classifier_of_the_shots_that_is_trained_once(tiny_parameters, monkeypatch):
+    s = asking_for_classes(study.open_category(tiny_parameters))
+    trained, real = [], stages.models.train_classifier
+
+    def counted(*arguments):
+        trained.append(len(arguments[0]))
+        return real(*arguments)
+
+    monkeypatch.setattr(stages.models, "train_classifier", counted)
+    # Of every four images it takes three for the second defect: it knows that one, and not the first.
+    says = torch.tensor([1, 0, 1, 1])
+    monkeypatch.setattr(
+        stages.models, "predict_classes", lambda model, x: torch.eye(2)[says.repeat(len(x) // 4 + 1)[: len(x)]]
+    )
+    rows = {m["defect"]: m for m in stages.quality(s, "crop_paste", 0)["metrics"] if m["metric"] == stages.CLASS_SEEN}
+    first, second = (rows[d] for d in s.defects)
+    assert second["value"] == 0.75 and second["protocol"]["seen_as"] == dict(zip(s.defects, (1, 3)))
+    assert 0 < second["protocol"]["on_others"] < 1 and second["protocol"]["n_real"] > 0
+    assert first["value"] is None and "no better than chance" in first["protocol"]["why_withheld"]
+    record = evaluation.downstream(s, study.SHOTS_ONLY, 0)
+    assert trained == [len(s.shots(0))], "the row of the shots is the sorter"
+    loss = next(m for m in record["metrics"] if m["metric"] == "accuracy")["protocol"]["final_loss"]
+    model, curve = stages.sorter(s, 0)
+    assert curve[-1][1] == loss and not model.training and len(trained) == 1
+
+
+def asking_for_classes(s):
+    quality = s.settings.quality.model_copy(update={"class_seen": True})
+    return dataclasses.replace(s, settings=s.settings.model_copy(update={"quality": quality}))
+
+
+def test_one_defect_has_no_class_to_be_taken_for(tiny_parameters):
+    s = study.open_category(tiny_parameters)
+    one = study.open_category(tiny_parameters.model_copy(update={"defects": list(s.defects[:1])}))
+    s = asking_for_classes(one)
+    (row,) = [m for m in stages.quality(s, "crop_paste", 0)["metrics"] if m["metric"] == stages.CLASS_SEEN]
+    assert row["value"] is None and "one defect type" in row["protocol"]["why_withheld"]
 
 
 def test_compensation_runs_on_an_object(tiny_parameters):

@@ -22,6 +22,16 @@ def test_a_variant_has_a_fit_of_its_own_where_the_fit_differs(tiny_parameters):
     assert s.mask_source_name("defectsynth_perlin") == "perlin" and s.mask_source_name("defectsynth_no_sae") == "hmi"
 
 
+def test_every_part_of_the_symmetry_aware_system_is_fitted_anew_and_drawing_is_not(tiny_parameters):
+    s = study.open_category(tiny_parameters.model_copy(update={"profile": "symmetry"}))
+    assert s.methods == ("dualanodiff", "symmetry_aware") and len(s.variants) >= 7
+    assert all(s.fitted_as(name) == name for name in s.variants)
+    drawn = params.Variant(of="symmetry_aware", config={"guidance_scale": 1.5, "num_inference_steps": 5})
+    variants = s.settings.variants | {"symmetry_aware_quick": drawn}
+    s = dataclasses.replace(s, settings=s.settings.model_copy(update={"variants": variants}))
+    assert s.fitted_as("symmetry_aware_quick") == "symmetry_aware"
+
+
 def test_weights_are_asked_for_before_any_work(tiny_parameters, tmp_path, monkeypatch):
     study.require_weights(tiny_parameters)
     monkeypatch.setattr(paths, "WEIGHTS", tmp_path)

@@ -36,10 +36,61 @@ class Rows:
             self.classes = before
 
 
-class ClassScaled(nn.Module):
-    """A of one LoRA layer with class-dependent coefficients: s_c * (A x), in the place of peft's ``lora_A[branch]``.
+OWN = (".departure", ".vectors")
+"""How the names of what a class has of its own end."""
 
-    A batch of mixed classes goes through in one pass; no weights are merged. ``weight`` is A's, as peft reads it.
+
+class Scaled(nn.Module):
+    """One matrix W of a LoRA layer, in the place of peft's, with coefficients of the row's class: s_c * (W x).
+
+    A batch of mixed classes goes through in one pass; no weights are merged. ``weight`` is what all classes share, as
+    peft reads it.
+
+    Args:
+        rows: The batch's classes.
+    """
+
+    def __init__(self, rows: Rows) -> None:
+        super().__init__()
+        self.rows = rows
+
+    def base(self) -> Tensor:
+        """W, (out, in)."""
+        raise NotImplementedError
+
+    def coefficients(self) -> Tensor:
+        """s_c of every class, (K, out)."""
+        raise NotImplementedError
+
+    def shared(self) -> Tensor:
+        """What stands for s_c where no class is asked for, (out,)."""
+        raise NotImplementedError
+
+    @property
+    def weight(self) -> Tensor:
+        """diag(s) W of what all classes share."""
+        return self.shared()[:, None] * self.base()
+
+    def of_rows(self, classes: Tensor) -> Tensor:
+        """S of rows with these classes, (N, out); between classes, that of the weighted mean."""
+        every = self.coefficients()
+        return classes.to(every) @ every if classes.ndim == 2 else every[classes]
+
+    def of_class(self, classes: Tensor) -> Tensor:
+        """diag(s_c) W of one class, (1,) or (1, K)."""
+        return self.of_rows(classes.to(self.base().device))[0][:, None] * self.base()
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(N, ..., in) to (N, ..., out)."""
+        left = nn.functional.linear(hidden, self.base())
+        if self.rows.classes is None:
+            return left * self.shared().to(left.dtype)
+        scale = self.of_rows(self.rows.classes.to(hidden.device))
+        return left * scale.to(left.dtype).view(len(scale), *[1] * (left.ndim - 2), -1)
+
+
+class ClassScaled(Scaled):
+    """A of one LoRA layer with class-dependent coefficients, s_c = 1 + d_c.
 
     Args:
         linear: A, (r, width).
@@ -61,16 +112,15 @@ class ClassScaled(nn.Module):
         blocks: int | None = None,
         start: float = START,
     ) -> None:
-        super().__init__()
+        super().__init__(rows)
         rank = linear.out_features
         blocks = rank if blocks is None else blocks
         if rank % blocks:
             raise ValueError(f"{blocks} blocks do not divide rank {rank}: choose a divisor for tie_blocks")
-        self.linear, self.rows, self.tied = linear, rows, rank // blocks
+        self.linear, self.tied = linear, rank // blocks
         self.departure = nn.Parameter(start * torch.randn(classes, blocks, generator=generator))
 
-    @property
-    def weight(self) -> Tensor:
+    def base(self) -> Tensor:
         """A, (r, width)."""
         return self.linear.weight
 
@@ -78,18 +128,9 @@ class ClassScaled(nn.Module):
         """s_c of every class, (K, r)."""
         return (1 + self.departure).repeat_interleave(self.tied, 1)
 
-    def of_rows(self, classes: Tensor) -> Tensor:
-        """S of rows with these classes, (N, r); between classes, that of the weighted mean."""
-        every = self.coefficients()
-        return classes.to(every) @ every if classes.ndim == 2 else every[classes]
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """(N, ..., width) to (N, ..., r)."""
-        entered = self.linear(hidden)
-        if self.rows.classes is None:
-            return entered
-        scale = self.of_rows(self.rows.classes.to(hidden.device))
-        return entered * scale.to(entered.dtype).view(len(scale), *[1] * (entered.ndim - 2), -1)
+    def shared(self) -> Tensor:
+        """One: no departure."""
+        return self.linear.weight.new_ones(self.linear.out_features)
 
 
 def scaled_layers(model: nn.Module) -> list[ClassScaled]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from defectlib.backbone import Backbone, tokenize
+from defectlib.branches.classes import OWN
 from defectlib.branches.routing import lora
 from defectlib.branches.unet import BranchUNet
 from defectlib.training import State
@@ -61,8 +62,10 @@ class Dual(nn.Module):
         own = dict(zip(self.names, self.trained, strict=True))
         if {name: value.shape for name, value in state.items()} == {name: value.shape for name, value in own.items()}:
             return
-        ranks = {len(value) for name, value in state.items() if ".lora_A." in name and ".departure" not in name}
-        wanted = {len(value) for name, value in own.items() if ".lora_A." in name and ".departure" not in name}
+        ranks, wanted = (
+            {len(value) for name, value in some.items() if ".lora_A." in name and not name.endswith(OWN)}
+            for some in (state, own)
+        )
         what = "other parts (SAIM, BCM, classes, gates) or another base model"
         if ranks != wanted:
             what = f"rank {', '.join(map(str, sorted(ranks)))} instead of {', '.join(map(str, wanted))}"

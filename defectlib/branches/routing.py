@@ -7,7 +7,7 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from defectlib.branches.classes import ClassScaled
+from defectlib.branches.classes import Scaled
 
 PROJECTIONS = ["to_q", "to_k", "to_v", "to_out.0"]
 BRANCHES = ("image", "part")
@@ -64,12 +64,13 @@ class FoldedLora(nn.Module):
 
 
 def _delta(layer: LoraLayer, name: str, classes: Tensor | None) -> Tensor:
-    """(alpha / r) B diag(s_c) A of one adapter; B A where classes have no coefficients."""
-    down = layer.lora_A[name]
-    if classes is None or not isinstance(down, ClassScaled):
+    """(alpha / r) B A of one adapter, with the coefficients of a class where it has any."""
+    if classes is None:
         return layer.get_delta_weight(name)
-    scale = down.of_rows(classes.to(down.weight.device))[0]
-    return layer.scaling[name] * (layer.lora_B[name].weight * scale) @ down.weight
+    down, up = (
+        m.of_class(classes) if isinstance(m, Scaled) else m.weight for m in (layer.lora_A[name], layer.lora_B[name])
+    )
+    return layer.scaling[name] * up @ down
 
 
 def lora(rank: int, projections: list[str]) -> LoraConfig:

@@ -18,6 +18,10 @@ from defectlib.branches.compensation import Compensation
 from defectlib.branches.gates import Gates, Schedule
 from defectlib.branches.interaction import FoldedInteraction, Interaction
 from defectlib.branches.routing import BRANCHES, PROJECTIONS, FoldedLora, Route, lora
+from defectlib.branches.vera import put_vera
+
+PASS = ("down", "mid", "up")
+"""The parts of a UNet in the order of a pass; as modules they stand in another."""
 
 
 class BranchProcessor(nn.Module):
@@ -77,6 +81,7 @@ class BranchUNet(nn.Module):
         classes: With class-dependent coefficients in every LoRA (CSB-LoRA), for this many classes; 0: without.
         blocks: Coefficients a class and LoRA, see ``ClassScaled``.
         start: Their standard deviation at the start.
+        vera: With VeRA's frozen bases, and vectors of each class, in the place of all this, see ``branches.vera``.
         gates: With gates over the denoising (TDAM) of this schedule; None: without.
         num_train_timesteps: T of tau = t / T.
     """
@@ -93,6 +98,7 @@ class BranchUNet(nn.Module):
         classes: int = 0,
         blocks: int | None = None,
         start: float = START,
+        vera: bool = False,
         gates: Schedule | None = None,
         num_train_timesteps: int = 1000,
     ) -> None:
@@ -121,9 +127,11 @@ class BranchUNet(nn.Module):
         coefficients = torch.Generator().manual_seed(seed)
         for layer in self._loras.values():
             layer.register_forward_pre_hook(self.route, with_kwargs=True)
-            for name in BRANCHES if classes else ():
+            for name in BRANCHES if classes and not vera else ():
                 scaled = ClassScaled(layer.lora_A[name], classes, self.rows, coefficients, blocks=blocks, start=start)
                 layer.lora_A[name] = scaled
+        if vera:
+            put_vera(list(self._loras.values()), rank, classes, self.rows)
         self.to(unet.device)
         self.check()
 
@@ -131,6 +139,12 @@ class BranchUNet(nn.Module):
     def processors(self) -> list[BranchProcessor]:
         """Of all attention layers."""
         return [m.processor for m in self.unet.modules() if isinstance(m, Attention)]
+
+    def gates(self) -> dict[str, Gates]:
+        """Those of all attention layers that have some, by the layer's name, in the order of a pass."""
+        found = {name: m.processor.gates for name, m in self.unet.named_modules() if isinstance(m, Attention)}
+        order = sorted(found, key=lambda name: PASS.index(name.split("_")[0]))
+        return {name: found[name] for name in order if found[name] is not None}
 
     def check(self) -> None:
         """Raise RuntimeError where a layer lost its processor, or a projection its routed LoRA, to a helper call."""
@@ -245,13 +259,14 @@ class BranchUNet(nn.Module):
                 processor.apart = False
 
     def counts(self) -> dict[str, int]:
-        """How many parameters LoRA, SAIM, BCM, and where they are there the classes' coefficients and TDAM have."""
+        """How many parameters LoRA, SAIM and BCM have, and where they are there a class's own (CSB, VeRA) and TDAM."""
         parts = {
-            "LoRA": ".lora_", "SAIM": ".interaction.", "BCM": ".compensation.", "CSB": ".departure", "TDAM": ".gates.",
+            "LoRA": ".lora_", "SAIM": ".interaction.", "BCM": ".compensation.", "CSB": ".departure",
+            "VeRA": ".vectors", "TDAM": ".gates.",
         }  # fmt: skip
         found = {
             part: sum(value.numel() for name, value in self.named_parameters() if key in name)
             for part, key in parts.items()
         }
-        found["LoRA"] -= found["CSB"]
+        found["LoRA"] -= found["CSB"] + found["VeRA"]
         return {part: n for part, n in found.items() if n or part in ("LoRA", "SAIM", "BCM")}

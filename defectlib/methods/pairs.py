@@ -24,6 +24,7 @@ from defectlib import paths
 from defectlib.augmentation import Pictures, background, training_pictures
 from defectlib.backbone import ENCODE_BATCH, Backbone
 from defectlib.branches import Dual, dual_loss
+from defectlib.branches.classes import OWN
 from defectlib.diffusion import denoise, noise_like
 from defectlib.masks.extraction import FLOOR, extract
 from defectlib.masks.interpolation import area_of, flaws
@@ -41,6 +42,7 @@ class PairConfig(MethodConfig):
     """DualAnoDiff's values are the defaults.
 
     Attributes:
+        steps: Of a defect: a model of several trains that often for each, so that methods cost the same.
         schedule: Of the learning rate: constant as in the paper, or a cosine to zero, for short fits at a high rate.
         rank: Of LoRA in the UNet, one adapter a branch, and in the text encoder, one for both prompts.
         interaction: With SAIM.
@@ -84,6 +86,7 @@ class PairMethod:
     """
 
     title: ClassVar[str]
+    scope: ClassVar[Literal["category", "defect"]]
     makes_masks = True
     preserves_background = False
     needs_backbone = True
@@ -159,6 +162,10 @@ class PairMethod:
         """What a training step is given besides its rows: items (B,) to the keyword arguments of ``dual_loss``."""
         return lambda items: {}
 
+    def factors(self, dual: Dual) -> list[float] | None:
+        """Of the learning rate, one a trained parameter; None: all 1."""
+        return None
+
     def penalty(self, dual: Dual) -> Tensor | float:
         """What is added to every step's loss."""
         return 0.0
@@ -173,18 +180,27 @@ class PairMethod:
 
         def train() -> tuple[State, Curve]:
             latents = {name: self._encode(images, name) for name, images in pictures.shown.items()}
-            dual = self._new(seed)
+            dual = self.untrained(seed)
             given = self.step(dual, pictures, shots)
 
             def loss(items: Tensor, generator: torch.Generator) -> Tensor:
                 clean = {name: x[items] for name, x in latents.items()}
                 return dual_loss(dual, base, clean, generator, **given(items)) + self.penalty(dual)
 
+            steps = config.steps * len({shot.defect for shot in shots})
             settings = FitSettings(
-                steps=config.steps, batch_size=config.train_batch_size, learning_rate=config.learning_rate,
+                steps=steps, batch_size=config.train_batch_size, learning_rate=config.learning_rate,
                 schedule=config.schedule, precision=config.precision,
             )  # fmt: skip
-            curve = fit(dual.trained, loss, len(latents["image"]), settings, seed=seed, folder=folder)
+            curve = fit(
+                dual.trained,
+                loss,
+                len(latents["image"]),
+                settings,
+                seed=seed,
+                folder=folder,
+                factors=self.factors(dual),
+            )
             return dual.trained_state(), curve
 
         learned = digest([*pictures.shown.values(), pictures.masks])
@@ -192,10 +208,22 @@ class PairMethod:
         folder = workdir / "checkpoints" / f"{group}-{hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:12]}"
         return once(workdir / ENDED / f"{group}.safetensors", asked, train)
 
-    def _new(self, seed: int) -> Dual:
-        """An untrained model of this configuration."""
+    def untrained(self, seed: int) -> Dual:
+        """A model of this configuration as it is before a fit with this seed."""
         config = self.config
         return Dual(self.backbone, config.rank, seed, checkpointing=config.gradient_checkpointing, **self.parts())
+
+    def sizes(self) -> dict[str, int]:
+        """How many numbers were trained: in the UNet's adapters, shared and by class, in the rest, and in all."""
+        apart, state = self.scope == "defect", next(iter(self.states.values()))
+        adapters = {name: v for name, v in state.items() if name.startswith("branches.") and ".lora_" in name}
+        own = sum(v.numel() for name, v in adapters.items() if name.endswith(OWN)) // len(self.areas)
+        whole, every = sum(v.numel() for v in adapters.values()), sum(v.numel() for v in state.values())
+        shared = 0 if apart else whole - own * len(self.areas)
+        return {
+            "shared": shared, "of a class": whole if apart else own, "rest": (every - whole) * len(self.states),
+            "in all": every * len(self.states),
+        }  # fmt: skip
 
     def _encode(self, images: Tensor, name: str) -> Tensor:
         """Latents of the pictures of this name."""
@@ -204,7 +232,7 @@ class PairMethod:
     def dual(self, defect: str) -> Dual:
         """The model of a defect; one at a time is held, the others' trained weights lie beside it."""
         if self._dual is None:
-            self._dual = self._new(0).requires_grad_(False)
+            self._dual = self.untrained(0).requires_grad_(False)
         if self._holds != defect:
             self._dual.load_trained(self.states[self.group(defect)], self.classes(defect))
             self._holds = defect
@@ -325,7 +353,7 @@ class PairMethod:
         if described["backbone"] != backbone.digest:
             raise ValueError(f"{folder} was fitted on another base model than '{backbone.name}': fit it anew")
         method.areas = {defect: tuple(ends) for defect, ends in described["areas"].items()}
-        method._dual = method._new(0).requires_grad_(False)
+        method._dual = method.untrained(0).requires_grad_(False)
         for group, curve in described["curves"].items():
             file = folder / f"{group}.safetensors"
             method.states[group] = safetensors.torch.load_file(file)

@@ -17,12 +17,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from defectlib.augmentation import Pictures
 from defectlib.branches import Dual
-from defectlib.branches.classes import START, discrepancy, orthogonality, scaled_layers, shrinkage
+from defectlib.branches.classes import OWN, START, discrepancy, orthogonality, scaled_layers, shrinkage
 from defectlib.branches.gates import Schedule
 from defectlib.branches.guidance import min_snr, spatial_weights
 from defectlib.methods.base import register
@@ -39,6 +39,10 @@ class SymmetryAwareConfig(PairConfig):
         class_coefficients: CSB-LoRA; False is one LoRA for all classes.
         tie_blocks: Coefficients a class and LoRA, a divisor of ``rank``; None is ``rank`` of them.
         coefficient_start: Standard deviation of the departures d_c before training.
+        vera: VeRA's frozen random bases and two learned vectors a class, to compare with; see ``branches.vera``. What
+            coefficients can be given besides is then without effect.
+        own_rate: Learning rate of what is few, coefficients, vectors and gates, as a multiple of ``learning_rate``:
+            weights act together and need small steps, these act alone and would hardly move in a short fit.
         shrinkage: Weight of the mean over classes of ||d_c||^2.
         orthogonality: Weight of the bases' departure from orthogonal rows.
         discrepancy: Weight of max(0, cos(d_c, d_c') - discrepancy_margin) over pairs of classes.
@@ -56,6 +60,8 @@ class SymmetryAwareConfig(PairConfig):
     class_coefficients: bool = True
     tie_blocks: int | None = Field(None, ge=1)
     coefficient_start: float = Field(START, ge=0)
+    vera: bool = False
+    own_rate: float = Field(1.0, gt=0)
     shrinkage: float = Field(1e-4, ge=0)
     orthogonality: float = Field(0.0, ge=0)
     discrepancy: float = Field(0.0, ge=0)
@@ -68,6 +74,12 @@ class SymmetryAwareConfig(PairConfig):
     most: float = Field(0.5, gt=0, lt=1)
     softness: float = Field(0.0, ge=0)
     x0_space: bool = False
+
+    @model_validator(mode="after")
+    def _one_form(self) -> SymmetryAwareConfig:
+        if self.vera and (self.tie_blocks or not self.class_coefficients):
+            raise ValueError("vera is a form of class_coefficients: leave them on, and tie_blocks out")
+        return self
 
 
 @register("symmetry_aware")
@@ -88,6 +100,7 @@ class SymmetryAware(PairMethod):
         found = super().parts() | {"gates": config.gates}
         if config.class_coefficients:
             found |= {"classes": len(self.areas), "blocks": config.tie_blocks, "start": config.coefficient_start}
+            found |= {"vera": config.vera}
         return found
 
     def classes(self, defect: str) -> Tensor | None:
@@ -118,13 +131,7 @@ class SymmetryAware(PairMethod):
         config, base = self.config, self.backbone
         order = list(self.areas)
         classes = torch.tensor([order.index(shot.defect) for shot in shots])[pictures.of_shot]
-        spatial = None
-        if config.guidance:
-            size = base.latent_shape(pictures.masks.shape[-1])[1:]
-            spatial = spatial_weights(
-                pictures.masks, size, mask_weight=config.mask_weight, band_weight=config.band_weight,
-                radius=config.band, most=config.most, softness=config.softness,
-            ).to(base.device)  # fmt: skip
+        spatial = self.spatial(pictures.masks).to(base.device) if config.guidance else None
 
         def given(items: Tensor) -> dict[str, Any]:
             found: dict[str, Any] = {"classes": classes[items].to(base.device)} if config.class_coefficients else {}
@@ -134,10 +141,23 @@ class SymmetryAware(PairMethod):
 
         return given
 
+    def spatial(self, masks: Tensor) -> Tensor:
+        """SGRL's weights of masks bool (N, 1, H, W), (N, 1, h, w)."""
+        config, size = self.config, self.backbone.latent_shape(masks.shape[-1])[1:]
+        return spatial_weights(
+            masks, size, mask_weight=config.mask_weight, band_weight=config.band_weight, radius=config.band,
+            most=config.most, softness=config.softness,
+        )  # fmt: skip
+
     def _weights(self, spatial: Tensor | None, items: Tensor, timesteps: Tensor) -> Tensor:
         """(N, 1, h, w), or (N, 1, 1, 1), of a step's rows."""
         weights = 1.0 if spatial is None else spatial[items]
         return weights * min_snr(timesteps, self.backbone.scheduler) if self.config.x0_space else weights
+
+    def factors(self, dual: Dual) -> list[float] | None:
+        """``own_rate`` for coefficients, vectors and gates."""
+        few = (name.endswith(OWN) or ".gates." in name for name in dual.names)
+        return [self.config.own_rate if own else 1.0 for own in few]
 
     def penalty(self, dual: Dual) -> Tensor | float:
         """Shrinkage, orthogonality and discrepancy, those that have a weight."""

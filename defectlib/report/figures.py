@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import io
 import itertools
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -199,29 +200,88 @@ def confusion(matrices: Mapping[str, np.ndarray] | np.ndarray, labels: Sequence[
         ValueError: A matrix that does not fit the labels.
     """
     named = matrices if isinstance(matrices, Mapping) else {"": matrices}
+    counts = {name: np.asarray(matrix, dtype=float) for name, matrix in named.items()}
+    _check_square(counts, labels)
+    shares = {name: own / np.maximum(own.sum(axis=1, keepdims=True), 1) for name, own in counts.items()}
+    figure, axes = _matrices(shares, {name: own.astype(int) for name, own in counts.items()}, labels, "Blues", (0, 1))
+    axes[0].set_ylabel("true defect")
+    figure.supxlabel("classified as", fontsize=9)
+    return _settled(figure)
+
+
+@_styled
+def similarity(matrices: Mapping[str, np.ndarray], labels: Sequence[str]) -> Figure:
+    """How alike classes are: cosines of all pairs, by method; blue is alike, red opposed.
+
+    Args:
+        matrices: Cosines (C, C) by method.
+        labels: The C defects in order.
+
+    Raises:
+        ValueError: A matrix that does not fit the labels.
+    """
+    _check_square(matrices, labels)
+    texts = {name: np.char.mod("%+.2f", np.round(matrix, 2) + 0.0) for name, matrix in matrices.items()}
+    figure, _ = _matrices(matrices, texts, labels, "RdBu", (-1, 1))
+    return _settled(figure)
+
+
+def _check_square(matrices: Mapping[str, np.ndarray], labels: Sequence[str]) -> None:
     n = len(labels)
-    for name, matrix in named.items():
+    for name, matrix in matrices.items():
         if np.shape(matrix) != (n, n):
-            raise ValueError(f"confusion matrix {name} is {np.shape(matrix)} but there are {n} labels")
+            raise ValueError(f"the matrix of {name} is {np.shape(matrix)} but there are {n} labels")
+
+
+def _matrices(
+    shades: Mapping[str, np.ndarray],
+    texts: Mapping[str, np.ndarray],
+    labels: Sequence[str],
+    colours: str,
+    ends: tuple[float, float],
+) -> tuple[Figure, np.ndarray]:
+    """Square matrices beside each other, shaded between the ends of a colour map, with a text in every field."""
+    n, longest = len(labels), max(map(len, labels)) * 0.07
     side = max(1.7, 0.52 * n + 0.4)
-    longest = max(len(label) for label in labels) * 0.07
-    figure = Picture(figsize=(side * len(named) + longest + 0.3, side + longest + 0.55), layout="constrained")
-    grid = figure.subplots(1, len(named), squeeze=False, sharey=True)[0]
-    for axes, (name, matrix) in zip(grid, named.items()):
-        counts = np.asarray(matrix, dtype=float)
-        share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-        axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    figure = Picture(figsize=(side * len(shades) + longest + 0.3, side + longest + 0.55), layout="constrained")
+    grid = figure.subplots(1, len(shades), squeeze=False, sharey=True)[0]
+    for axes, (name, shade) in zip(grid, shades.items()):
+        axes.imshow(shade, cmap=colours, vmin=ends[0], vmax=ends[1])
         for y, x in np.ndindex(n, n):
-            ink = "white" if share[y, x] > 0.55 else "#222222"
-            axes.text(x, y, f"{counts[y, x]:.0f}", ha="center", va="center", color=ink)
+            ink = "white" if abs(shade[y, x]) > 0.55 * ends[1] else "#222222"
+            axes.text(x, y, texts[name][y, x], ha="center", va="center", color=ink)
         axes.set_xticks(range(n), labels, rotation=90 if n > 3 or longest > 0.8 else 0)
         axes.set_yticks(range(n), labels)
-        axes.set_title(layout.method_title(name))
+        axes.set_title("\n".join(textwrap.wrap(layout.method_title(name), int(side / 0.095))))
         axes.grid(visible=False)
         axes.spines[:].set_visible(False)
         axes.tick_params(length=0)
-    grid[0].set_ylabel("true defect")
-    figure.supxlabel("classified as", fontsize=9)
+    return figure, grid
+
+
+@_styled
+def gates(frame: pd.DataFrame) -> Figure:
+    """Gates over tau, a row a method and a column a kind: a line a layer, coloured by depth; dashed: at the start.
+
+    Args:
+        frame: Columns method, kind, block, layer, tau, gate, start; blocks in the order of a pass.
+    """
+    methods, kinds, blocks = (_ordered(frame[name]) for name in ("method", "kind", "block"))
+    shades = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, len(blocks)))
+    figure = Picture(figsize=(7.2, 0.7 + 1.5 * len(methods)), layout="constrained")
+    panels = figure.subplots(len(methods), len(kinds), sharex=True, sharey=True, squeeze=False)
+    for (method, kind), own in frame.groupby(["method", "kind"], sort=False):
+        axes = panels[methods.index(method), kinds.index(kind)]
+        for (block, _), line in own.groupby(["block", "layer"], sort=False):
+            axes.plot(line["tau"], line["gate"], color=shades[blocks.index(block)], linewidth=1.2)
+        axes.plot(line["tau"], line["start"], color="#222222", linewidth=1, linestyle="--")
+    for axes, kind in zip(panels[0], kinds):
+        axes.set_title(kind)
+    for row, method in zip(panels[:, 0], methods):
+        row.set_ylabel("\n".join(textwrap.wrap(layout.method_title(method), 22)), fontsize=8)
+    figure.supxlabel("share of noise τ: drawing goes from right to left", fontsize=9)
+    marks = [Line2D([], [], color=shade) for shade in shades] + [Line2D([], [], color="#222222", linestyle="--")]
+    figure.legend(marks, [*blocks, "at the start"], loc="outside upper left", ncols=min(7, len(marks)))
     return _settled(figure)
 
 

@@ -24,6 +24,11 @@ METHOD_TITLES = {name: title for title, name in published.METHODS.items()} | {
     "adabldm_no_decoder_adaptation": "AdaBLDM w/o decoder adaptation",
     "adabldm_as_shots": "AdaBLDM, as deep as the shots", "adabldm_mask_hint": "AdaBLDM, mask in the trimap's place",
     "adabldm_as_released": "AdaBLDM, as released",
+    "symmetry_aware_no_coefficients": "Symmetry-aware, one LoRA for all",
+    "symmetry_aware_tied": "Symmetry-aware, tied blocks", "symmetry_aware_vera": "Symmetry-aware, VeRA",
+    "symmetry_aware_no_gates": "Symmetry-aware w/o TDAM", "symmetry_aware_cosine": "Symmetry-aware, cosine gates",
+    "symmetry_aware_prior": "Symmetry-aware, gates from the prior",
+    "symmetry_aware_no_guidance": "Symmetry-aware w/o SGRL", "symmetry_aware_compensated": "Symmetry-aware with BCM",
     "defectsynth_filtered": "DefectSynth, filtered", "crop_paste_filtered": "Crop-Paste, filtered",
 }  # fmt: skip
 DATASET_TITLES = {name: title for title, name in published.DATASETS.items()}
@@ -35,6 +40,7 @@ METRIC_TITLES = {
     "pixel_f1_max": "Pixel F1 max, %", "pro": "PRO, %", "iap": "IAP, %", "iap90": "IAP90, %",
     "precision": "Precision", "recall": "Recall", "density": "Density", "coverage": "Coverage",
     "shot-distance": "Distance to shots, relative", "mask_iou": "Mask IoU", "mask_seen": "Mask on defect, IoU",
+    "class_seen": "Taken for its class, share",
     "fit_s": "Fit, s", "train_stage1_h": "Stage 1, h",
     "train_stage2_h": "Stage 2, h", "train_total_h": "Training, h", "pairs_per_second": "Pairs a second",
     "seconds_per_image": "Seconds an image", "masks_stage1_min": "Masks, fewest", "masks_stage1_max": "Masks, most",
@@ -50,7 +56,7 @@ WIDE = 18
 ARROWS = {True: " ↑", False: " ↓", None: ""}
 DIGITS = {
     "kid": 1, "is": 2, "lpips": 3, "ic-lpips": 3, "precision": 2, "recall": 2, "density": 2, "coverage": 2,
-    "shot-distance": 2, "mask_iou": 2, "mask_seen": 2,
+    "shot-distance": 2, "mask_iou": 2, "mask_seen": 2, "class_seen": 2,
 }  # fmt: skip
 LATEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",

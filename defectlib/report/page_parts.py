@@ -52,6 +52,12 @@ CAPTIONS = {
     "fig_5_ablation": "Every method with one part changed at a time, for the same seeds; masks outlined.",
     "dualanodiff_fig_4": "As in DualAnoDiff Fig. 4: a normal image, the background that is read of it, and pairs "
     "drawn by the models without and with background compensation.",
+    "symmetry_aware_similarity": "How alike the symmetry-aware system's classes are: cosines of how their coefficients "
+    "depart from what all share, over all layers.",
+    "symmetry_aware_gates": "The symmetry-aware system's gates (TDAM) over the share of noise, by depth; dashed: the "
+    "start.",
+    "symmetry_aware_weights": "Where the symmetry-aware system's loss looks (SGRL): shots with outlined masks, and the "
+    "weights of their cells; black is zero, white the map's largest.",
     "downstream": "Downstream models trained on the shots alone and on samples, tested on held-out real images.",
     "confusion": "Which defects the classifier confuses, summed over seeds.",
     "worst_misses": "The held-out defects that the localiser found least: image, truth, prediction.",

@@ -57,7 +57,7 @@ def whole(untrained, tmp_path_factory):
 
 
 def test_coefficients_and_gates_move_and_classes_draw_otherwise(whole):
-    dual = whole._new(0)
+    dual = whole.untrained(0)
     before = {name: value.clone() for name, value in zip(dual.names, dual.trained, strict=True)}
     state = whole.states["all"]
     for part in ("departure", "gates.slope", "lora_B"):
@@ -65,6 +65,54 @@ def test_coefficients_and_gates_move_and_classes_draw_otherwise(whole):
     hole, dent = (whole.denoised([request(defect)])[0] for defect in ("hole", "dent"))
     assert not torch.equal(hole, dent), "the same noise, another class"
     assert len(scaled_layers(dual)) == 8 * len(dual.branches.processors)
+
+
+def test_a_model_of_two_defects_trains_twice_as_long(whole):
+    assert whole.curves["all"][-1][0] == 2 * QUICK["steps"]
+
+
+def test_sizes_by_hand(whole, untrained, tmp_path):
+    """Four coefficients a LoRA, two branches of four projections a layer; DualAnoDiff's are all of a class."""
+    found, layers = whole.sizes(), len(whole.untrained(0).branches.processors)
+    assert found["of a class"] == 4 * 8 * layers
+    assert found["in all"] == found["shared"] + 2 * found["of a class"] + found["rest"]
+    theirs = fitted(DualAnoDiff, DualAnoDiffConfig(**QUICK), SHOTS, untrained, tmp_path).sizes()
+    assert theirs["shared"] == 0 and theirs["of a class"] == found["shared"], (
+        "the same LoRA, one a class or one for all"
+    )
+    assert theirs["in all"] == 2 * theirs["of a class"] + theirs["rest"]
+    gates = 6 * layers
+    assert theirs["rest"] == 2 * (found["rest"] - gates)
+
+
+def test_vera_fits_draws_and_is_read_back(untrained, tmp_path):
+    config = SymmetryAwareConfig(**QUICK, vera=True)
+    method = fitted(SymmetryAware, config, SHOTS, untrained, tmp_path / "fit")
+    assert method.sizes()["shared"] == 0, "the bases are frozen"
+    drawn = [method.denoised([request(defect)])[0] for defect in ("hole", "dent")]
+    assert not torch.equal(*drawn), "classes differ by their vectors"
+    method.save(tmp_path / "model")
+    back = SymmetryAware.load(tmp_path / "model", untrained)
+    assert torch.equal(back.denoised([request("hole")])[0], drawn[0]), "the same bases, though they are not in the file"
+    for wrong in ({"class_coefficients": False}, {"tie_blocks": 2}):
+        with pytest.raises(ValueError, match="vera is a form of class_coefficients"):
+            SymmetryAwareConfig(vera=True, **wrong)
+
+
+def test_what_is_few_moves_by_its_own_rate(untrained, tmp_path):
+    def travelled(own_rate):
+        config = SymmetryAwareConfig(**QUICK | {"steps": 1, "learning_rate": 1e-4}, own_rate=own_rate)
+        method = fitted(SymmetryAware, config, SHOTS, untrained, tmp_path / str(own_rate))
+        first, last = method.untrained(0).trained_state(), method.states["all"]
+        parts = {"own": (".departure", ".offset", ".slope"), "shared": (".linear.weight",)}
+        return {
+            part: sum((last[n] - first[n]).abs().mean().item() for n in first if n.endswith(ends))
+            for part, ends in parts.items()
+        }
+
+    slow, fast = travelled(0.1), travelled(1.0)
+    assert fast["own"] == pytest.approx(10 * slow["own"], rel=0.3)
+    assert fast["shared"] == pytest.approx(slow["shared"], rel=0.3), "the bases keep theirs"
 
 
 def test_between_two_defects_lie_both_ends(whole):

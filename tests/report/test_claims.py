@@ -164,7 +164,15 @@ def test_the_table_reads_in_every_form(tmp_path):
 
 def test_every_measure_that_a_claim_names_is_made():
     made = {published.kind(name) for name in quality.names("tiny", "tiny")}
-    made |= {stages.SEEN, "mask_iou", "seconds_per_image", "accuracy", "f1_macro", *regions.INSTANCES}
+    made |= {
+        stages.SEEN,
+        stages.CLASS_SEEN,
+        "mask_iou",
+        "seconds_per_image",
+        "accuracy",
+        "f1_macro",
+        *regions.INSTANCES,
+    }
     made |= {f"pixel_{name}" for name in regions.SCORES}
     made |= set(regions.image_metrics(np.array([0.1, 0.9]), np.array([False, True])))
     assert {claim.metric for claim in load()} <= made

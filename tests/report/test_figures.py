@@ -160,6 +160,15 @@ def scores():
     return pd.DataFrame(rows, columns=["method", "seed", "metric", "value"])
 
 
+def gates():
+    rows = [
+        (m, kind, block, f"{block}.{i}", tau, gate, 1.0)
+        for m in ("symmetry_aware", "symmetry_aware_prior") for kind in ("background", "interaction", "fusion")
+        for block in ("down_blocks.0", "mid_block") for i in range(2) for tau, gate in ((0.0, 1.2), (1.0, 0.8))
+    ]  # fmt: skip
+    return pd.DataFrame(rows, columns=["method", "kind", "block", "layer", "tau", "gate", "start"])
+
+
 def charts():
     numbers = pd.DataFrame({"n": [4, 4, 8, 8] * 2, "kid": np.linspace(0, 1, 8), "pair": ["a"] * 4 + ["b"] * 4})
     table = pd.DataFrame({"method": ["shots_only"], "metric": ["accuracy"], "reproduced": [57.1], "sd": [0.8]})
@@ -168,6 +177,8 @@ def charts():
         "compare_table": figures.compare(table),
         "confusion": figures.confusion({"shots_only": np.array([[3, 1], [0, 4]])}, ["crack", "stain"]),
         "confusion_7": figures.confusion(np.eye(7), [f"a_long_defect_{i}" for i in range(7)]),
+        "similarity": figures.similarity({"symmetry_aware": np.eye(2)}, ["crack", "stain"]),
+        "gates": figures.gates(gates()),
         "curves": figures.curves(numbers, x="n", y="kid", hue="pair"),
         "strip": figures.strip(numbers.assign(kid=numbers["kid"] + 0.01), x="kid", y="pair", line=0.053, log=True),
         "spread": figures.spread(numbers, x="n", y="kid", hue="pair"),
@@ -265,6 +276,24 @@ def test_confusion_counts_and_shapes():
     assert axes.images[0].get_array().tolist() == [[0.75, 0.25], [0, 1]]
     with pytest.raises(ValueError, match="there are 3 labels"):
         figures.confusion(np.eye(2), ["a", "b", "c"])
+
+
+def test_similarity_is_signed_and_fits_its_labels():
+    axes = figures.similarity({"symmetry_aware": np.array([[1, -0.904], [-0.001, 1]])}, ["crack", "stain"]).axes[0]
+    assert [t.get_text() for t in axes.texts] == ["+1.00", "-0.90", "+0.00", "+1.00"]
+    assert axes.texts[1].get_color() == "white" and axes.images[0].get_clim() == (-1, 1)
+    with pytest.raises(ValueError, match="there are 3 labels"):
+        figures.similarity({"symmetry_aware": np.eye(2)}, ["a", "b", "c"])
+
+
+def test_gates_have_a_row_a_method_and_a_line_a_layer():
+    panels = figures.gates(gates()).axes
+    assert [axes.get_title(loc="left") for axes in panels] == ["background", "interaction", "fusion", "", "", ""]
+    for axes in panels:
+        *learned, start = axes.lines
+        assert len(learned) == 4 and [line.get_ydata()[0] for line in learned] == [1.2] * 4
+        assert start.get_linestyle() == "--" and list(start.get_ydata()) == [1, 1]
+        assert len({tuple(line.get_color()) for line in learned}) == 2, "a colour a block"
 
 
 def test_figures_display_themselves():
