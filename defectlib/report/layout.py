@@ -253,6 +253,7 @@ def _cost_blocks(table: pd.DataFrame) -> list[Block]:
     if len(methods):
         minutes = methods.pivot(index="name", columns="stage", values="minutes").fillna(0)
         stages = [stage for stage in STAGES if stage in minutes]
+        titles = {stage: stage.capitalize().replace("_", " ") for stage in stages}
         order = [name for name in METHOD_TITLES if name in minutes.index]
         minutes = minutes.loc[[*order, *(name for name in minutes.index if name not in order)]]
         whole = methods.groupby("name").agg(
@@ -260,7 +261,7 @@ def _cost_blocks(table: pd.DataFrame) -> list[Block]:
         ).loc[minutes.index]  # fmt: skip
         cells = pd.DataFrame({
             "Method": [method_title(name) for name in minutes.index],
-            **{f"{stage.capitalize()}, min": [_minutes(v) for v in minutes[stage]] for stage in stages},
+            **{f"{titles[stage]}, min": [_minutes(v) for v in minutes[stage]] for stage in stages},
             "Runs": whole["runs"].map(str), "In all, min": whole["total"].map(_minutes),
             "Peak memory, GB": whole["peak"].map(_gigabytes), DEVICE: whole["device"],
         })  # fmt: skip
