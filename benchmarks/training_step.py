@@ -2,7 +2,7 @@
 
     python benchmarks/training_step.py
 
-Stable Diffusion 1.5's layer sizes with random weights (its public configuration), 128 px, batch 2, float32: about 10
+Stable Diffusion 1.5's layer sizes with random weights (its public configuration), 128 px, batch 2, float32: about 13
 GB. Both are whole steps of the project's fit loop, AdamW included, in turn on one model. The last line is JSON;
 ``ratio`` is ours / reference of the medians, ``loss_diff`` the check: how far the two losses are apart for the same
 items, noise and timesteps. ``larger`` is the same at 256 px, where feature maps are large enough for the convolutions
