@@ -7,6 +7,7 @@ what all share. Without a departure it is LoRA.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -40,7 +41,7 @@ OWN = (".departure", ".vectors")
 """How the names of what a class has of its own end."""
 
 
-class Scaled(nn.Module):
+class Scaled(nn.Module, ABC):
     """One matrix W of a LoRA layer, in the place of peft's, with coefficients of the row's class: s_c * (W x).
 
     A batch of mixed classes goes through in one pass; no weights are merged. ``weight`` is what all classes share, as
@@ -54,17 +55,17 @@ class Scaled(nn.Module):
         super().__init__()
         self.rows = rows
 
+    @abstractmethod
     def base(self) -> Tensor:
         """W, (out, in)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def coefficients(self) -> Tensor:
         """s_c of every class, (K, out)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def shared(self) -> Tensor:
         """What stands for s_c where no class is asked for, (out,)."""
-        raise NotImplementedError
 
     @property
     def weight(self) -> Tensor:
