@@ -84,7 +84,8 @@ pd.DataFrame(rows, columns=["method", "variant", "what is changed"]).set_index([
 # where the classifier does not know the real, held-out ones either, it is withheld, and where it takes other real defects for
 # this one too, which its protocol says, it means little. Where a source gave no mask for a defect, the row is the mean of the
 # others', and the sentence below the table says so. A filtered variant draws nothing: it keeps the better part of what its
-# method drew, and the sentence says by what. It is bound to look better by that; notebook 9 trains on both.
+# method drew, and the sentence says by what; a distance counts as minus itself, so that more is better. It is bound to look better
+# by that; notebook 9 trains on both.
 
 # %%
 families = [[m, *(v for v in s.variants if s.settings.variants[v].of == m)] for m in s.methods]
@@ -173,7 +174,7 @@ else:
 # %% [markdown]
 # ## One model for all defects: the symmetry-aware system
 #
-# Only where it is among the methods. DualAnoDiff trains a model for every defect. Here one model draws all of them, by LoRA
+# Only where it is among the methods, as in `PROFILE=symmetry`; elsewhere the cells of this section show nothing. DualAnoDiff trains a model for every defect. Here one model draws all of them, by LoRA
 # with bases that all share and coefficients of each class (CSB-LoRA); `tied` has few coefficients a LoRA, `VeRA` frozen random
 # bases and two vectors a class. How many numbers that makes, as trained on this category: in the adapters of the UNet, in
 # the rest (interaction, gates and the text encoder's LoRA, which are of the model), and in all.
