@@ -107,7 +107,7 @@ def _optimise(
     images: Tensor,
     checkpoints: Checkpoints | None,
 ) -> tuple[nn.Module, list[float]]:
-    """Adam with one cosine decay to zero; the model of the last step, or of the best checkpoint, and all losses."""
+    """Adam with one cosine decay to zero; the model of the last step, and all losses."""
     index = list(index)
     optimiser = torch.optim.Adam(model.parameters(), lr=rate)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, max(1, len(index)))
@@ -124,7 +124,7 @@ def _optimise(
         if step in due:
             with torch.random.fork_rng():  # to be looked at changes nothing in a training
                 checkpoints.look(step, _settled(copy.deepcopy(model), images))
-    return checkpoints.best if checkpoints else _settled(model, images), curve
+    return _settled(model, images), curve
 
 
 def _settled(model: nn.Module, images: Tensor) -> nn.Module:
@@ -162,7 +162,7 @@ def train_classifier(
         n_classes: Number of defects.
         settings: Length, batch size, rate.
         seed: Of the weights, the order and the flips.
-        checkpoints: Scored on the way; the best of them is returned in place of the last step's model.
+        checkpoints: Scored on the way, which changes nothing in the training; they hold the best of them.
     """
     rng = np.random.default_rng([seed, 2])
     where = device()
@@ -222,7 +222,7 @@ def train_localiser(
         normals: Defect-free images, float32 (M, 3, H, W).
         settings: Length, batch size, rate.
         seed: Of the weights, the order and the flips.
-        checkpoints: Scored on the way; the best of them is returned in place of the last step's model.
+        checkpoints: Scored on the way, which changes nothing in the training; they hold the best of them.
     """
     import segmentation_models_pytorch as smp
 

@@ -6,7 +6,7 @@ Both train the models of :mod:`downstream` and test them on held-out real images
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from defectlib import paths, runs, sampling
 from defectlib.metrics import regions
 from defectlib.params import TrainSettings
 from defectlib.runs import RunFolder
-from defectlib.stages import reader, sample, sorter
+from defectlib.stages import sample
 from defectlib.study import SHOTS_ONLY, Study
 from defectlib.types import Sample, Shot
 
@@ -35,7 +35,9 @@ def downstream(s: Study, method: str, seed: int) -> dict[str, Any]:
     """Train the classifier and the localiser on a run's samples, test on held-out real images; the stage's record.
 
     The row ``shots_only`` (the papers' "w/o augmentation") trains both on the shots, by the same settings: as many
-    steps, or as many epochs of fewer images. A split that holds no defect out (``all_shots`` on a small set) has
+    steps, or as many epochs of fewer images. Where the rule of selection is ``last``, the scores that ``test_oracle``
+    would have had of the same training stand beside it, under names that end in
+    ``regions.ORACLE``. A split that holds no defect out (``all_shots`` on a small set) has
     nothing to test on: its scores are withheld, with the reason.
     """
     source = [_source(s, method, seed)]
@@ -65,10 +67,8 @@ def _source(s: Study, method: str, seed: int) -> str:
 
 
 def _asked(s: Study) -> dict[str, Any]:
-    """The settings that a score depends on; ``last`` is left out, so that runs from before there was a choice stay."""
-    asked = s.settings.downstream.model_dump(exclude={"curve"})
-    chosen = {name: asked.pop(name) for name in ("selection", "checkpoints")}
-    return asked if chosen["selection"] == "last" else asked | chosen
+    """The settings that a score depends on."""
+    return s.settings.downstream.model_dump(exclude={"curve"})
 
 
 def why_withheld(s: Study, items: Sequence[Item], held_out: list, rule: str) -> str | None:
@@ -116,46 +116,45 @@ def train_classifier(
     test: Test,
     settings: TrainSettings,
     seed: int,
-    kept: bool = False,
+    looked: models.Checkpoints | None = None,
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """A classifier under the profile's rule of selection, and its protocol; ``kept`` takes the sorter of all shots.
+    """A classifier under the profile's rule of selection, and its protocol.
 
-    What is held back is drawn, if any is.
+    What is held back is drawn, if any is. ``looked`` scores checkpoints of a training that ``last`` ends.
     """
     rule, n = s.settings.downstream.selection, s.settings.downstream.checkpoints
     left, judge = _split(drawn or shots, test, rule, seed)
     train = [*shots, *left] if drawn else left
     labels = torch.tensor([s.defects.index(item.defect) for item in train])
     choice = None if rule == "last" else models.Checkpoints(n, lambda model: accuracy(s, model, judge))
-    if kept and choice is None:
-        model, points = sorter(s, seed)
-        losses = [loss for _, loss in points]
-    else:
-        pictures = torch.stack([item.image for item in train])
-        model, losses = models.train_classifier(pictures, labels, len(s.defects), settings, seed, choice)
+    pictures = torch.stack([item.image for item in train])
+    model, losses = models.train_classifier(pictures, labels, len(s.defects), settings, seed, choice or looked)
     told = {"n_train_real": len(train) - len(left) if drawn else len(left), "n_generated": len(left) if drawn else 0}
-    return model, {**_told("classification", rule, choice, losses, len(drawn or shots) - len(left)), **told}
+    told |= _told("classification", rule, choice, losses, len(drawn or shots) - len(left))
+    return choice.best if choice else model, told
 
 
 def train_localiser(
-    s: Study, items: Sequence[Item], test: Test, settings: TrainSettings, seed: int, kept: bool = False
+    s: Study,
+    items: Sequence[Item],
+    test: Test,
+    settings: TrainSettings,
+    seed: int,
+    looked: models.Checkpoints | None = None,
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """A localiser under the profile's rule of selection, and its protocol; ``kept`` takes the reader of all shots."""
+    """A localiser under the profile's rule of selection, and its protocol; ``looked``: see the classifier's."""
     rule, n = s.settings.downstream.selection, s.settings.downstream.checkpoints
     real, usable = isinstance(items[0], Shot), _usable(items)
     train, judge = _split(usable, test, rule, seed)
     choice = None if rule == "last" else models.Checkpoints(n, lambda model: pixel_ap(model, judge))
-    if kept and choice is None:
-        model, points = reader(s, seed)
-        losses = [loss for _, loss in points]
-    else:
-        normals = torch.stack(s.normals(seed))
-        model, losses = models.train_localiser(*sampling.stack(train), normals, settings, seed, choice)
+    normals = torch.stack(s.normals(seed))
+    model, losses = models.train_localiser(*sampling.stack(train), normals, settings, seed, choice or looked)
     told = {
         "n_train_real": len(train) if real else 0, "n_generated": 0 if real else len(train),
         "left_out": len(items) - len(usable),
     }  # fmt: skip
-    return model, {**_told("localisation", rule, choice, losses, len(usable) - len(train)), **told}
+    told |= _told("localisation", rule, choice, losses, len(usable) - len(train))
+    return choice.best if choice else model, told
 
 
 TRAINING = {
@@ -199,7 +198,8 @@ def _classification(s: Study, folder: RunFolder, shots: list, drawn: list, held_
     if len(s.defects) < 2:
         reason = {"why_withheld": "one defect type: there is nothing to tell apart"}
         return [{"metric": m, "value": None, "protocol": protocol | reason} for m in ("accuracy", "f1_macro")]
-    model, told = train_classifier(s, shots, drawn, test, settings, seed, kept=not drawn)
+    looked = _watched(s, lambda model: accuracy(s, model, test))
+    model, told = train_classifier(s, shots, drawn, test, settings, seed, looked)
     probability = models.predict_classes(model, torch.stack([image for image, *_ in test]))
     table = pd.DataFrame(probability.numpy(), columns=[f"p_{d}" for d in s.defects])
     table.insert(0, "id", [name for *_, name in test])
@@ -215,14 +215,21 @@ def _classification(s: Study, folder: RunFolder, shots: list, drawn: list, held_
         rows += [
             {"metric": m + regions.BY_DEFECT, "value": v, "defect": defect, "protocol": single} for m, v in own.items()
         ]
+    if looked:
+        best = models.predict_classes(looked.best, torch.stack([image for image, *_ in test])).argmax(1).tolist()
+        scores = regions.classification_metrics(table["true"].tolist(), [s.defects[i] for i in best], list(s.defects))
+        told = _by_oracle(protocol | {"confusion": scores["confusion"]}, looked)
+        rows += [{"metric": m + regions.ORACLE, "value": scores[m], "protocol": told} for m in ("accuracy", "f1_macro")]
     return rows
 
 
 def _localisation(s: Study, folder: RunFolder, items: list, held_out: list, seed: int) -> list[dict]:
     """Defect localisation, scored per pixel and per image (DefectSynth, Section V-A.2)."""
     settings = s.settings.downstream.localiser
-    model, told = train_localiser(s, items, held_out, settings, seed, kept=isinstance(items[0], Shot))
-    maps = models.predict_maps(model, torch.stack([image for image, *_ in held_out])).numpy()
+    looked = _watched(s, lambda model: pixel_ap(model, held_out))
+    model, told = train_localiser(s, items, held_out, settings, seed, looked)
+    pictures = torch.stack([image for image, *_ in held_out])
+    maps = models.predict_maps(model, pictures).numpy()
     truth = torch.cat([mask for _, mask, *_ in held_out]).numpy()
     target = folder.path / "predictions" / "localisation.npz"
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -244,7 +251,23 @@ def _localisation(s: Study, folder: RunFolder, items: list, held_out: list, seed
             row | {"metric": row["metric"] + regions.BY_DEFECT, "defect": defect}
             for row in _region_scores(maps[own], truth[own], single)
         ]
+    if looked:
+        best = models.predict_maps(looked.best, pictures).numpy()
+        scores = _region_scores(best, truth, _by_oracle(protocol, looked))
+        rows += [row | {"metric": row["metric"] + regions.ORACLE} for row in scores]
     return rows
+
+
+def _watched(s: Study, score: Callable[[nn.Module], float]) -> models.Checkpoints | None:
+    """Checkpoints that are scored on the test set along a training that ``last`` ends; None under another rule."""
+    asked = s.settings.downstream
+    return models.Checkpoints(asked.checkpoints, score) if asked.selection == "last" else None
+
+
+def _by_oracle(protocol: dict[str, Any], looked: models.Checkpoints) -> dict[str, Any]:
+    """The protocol of what was scored under ``last``, for the checkpoint that ``test_oracle`` takes."""
+    rule = f"test_oracle: {models.SELECTIONS['test_oracle']}"
+    return protocol | {"selection": rule, "scores_by_step": looked.scores}
 
 
 def _region_scores(maps: np.ndarray, truth: np.ndarray, protocol: dict) -> list[dict]:

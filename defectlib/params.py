@@ -104,6 +104,7 @@ class DownstreamSettings(Strict):
 
     ``selection``: ``last`` is the last step; ``val_generated`` the best of ``checkpoints`` evenly spaced ones on a
     tenth of the training items, held back; ``test_oracle`` the best on the test set itself, as released evaluations do.
+    Under ``last`` what ``test_oracle`` would have shown stands beside it in the tables.
     """
 
     classifier: TrainSettings

@@ -235,8 +235,8 @@ def _shot_distance(s: Study, drawn: list, real: list) -> dict[str, Any]:
     return row | {"value": apart.median().item(), "protocol": told | {"between_shots": between}}
 
 
-def reader(s: Study, seed: int) -> tuple[nn.Module, Curve]:
-    """The localiser trained on the shots alone, and its losses: the row ``shots_only``; trained once a run and kept."""
+def reader(s: Study, seed: int) -> nn.Module:
+    """The localiser trained on the shots alone, as the row ``shots_only`` has it; trained once a run and kept."""
     settings = s.settings.downstream.localiser
 
     def train() -> tuple[nn.Module, list[float]]:
@@ -246,8 +246,8 @@ def reader(s: Study, seed: int) -> tuple[nn.Module, Curve]:
     return _of_shots(s, seed, "reader", settings, train, models.build_localiser)
 
 
-def sorter(s: Study, seed: int) -> tuple[nn.Module, Curve]:
-    """The classifier trained on the shots alone, and its losses: ``shots_only`` again; trained once a run and kept."""
+def sorter(s: Study, seed: int) -> nn.Module:
+    """The classifier trained on the shots alone, as the row ``shots_only`` has it; trained once a run and kept."""
     settings, n = s.settings.downstream.classifier, len(s.defects)
 
     def train() -> tuple[nn.Module, list[float]]:
@@ -265,18 +265,18 @@ def _of_shots(
     settings: TrainSettings,
     train: Callable[[], tuple[nn.Module, list[float]]],
     build: Callable[[TrainSettings], nn.Module],
-) -> tuple[nn.Module, Curve]:
-    """A downstream model of the shots and its losses, from its file where it is there."""
+) -> nn.Module:
+    """A downstream model of the shots, from its file where it is there."""
 
     def learned() -> tuple[State, Curve]:
         model, losses = train()
         state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
         return state, list(enumerate(losses, 1))
 
-    state, curve = once(*_kept(s, seed, name, settings), learned)
+    state, _ = once(*_kept(s, seed, name, settings), learned)
     model = build(settings.model_copy(update={"pretrained": False}))
     model.load_state_dict(state)
-    return model.to(models.device()).eval(), curve
+    return model.to(models.device()).eval()
 
 
 def kept_reader(s: Study, seed: int) -> tuple[Path, list]:
@@ -300,7 +300,7 @@ def seen(s: Study, seed: int, images: Tensor, masks: Tensor) -> list[float]:
         images: float32 (N, 3, H, W) in [-1, 1].
         masks: bool (N, 1, H, W).
     """
-    found = models.predict_maps(reader(s, seed)[0], images) > 0.5
+    found = models.predict_maps(reader(s, seed), images) > 0.5
     values = [regions.mask_iou(a, b) for a, b in zip(found, masks[:, 0], strict=True)]
     return [1.0 if value is None else value for value in values]
 
@@ -326,7 +326,7 @@ def _class_seen(s: Study, seed: int, defect: str, held_out: list, images: Tensor
     """
     if len(s.defects) < 2:
         return {"value": None, "protocol": {"why_withheld": "one defect type: there is nothing to tell apart"}}
-    model, label = sorter(s, seed)[0], s.defects.index(defect)
+    model, label = sorter(s, seed), s.defects.index(defect)
     real = [image for image, _, name, _ in held_out if name == defect]
     others = [image for image, _, name, _ in held_out if name not in (defect, "good")]
     known, wrong = (

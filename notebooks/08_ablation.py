@@ -174,10 +174,11 @@ else:
 # %% [markdown]
 # ## One model for all defects: the symmetry-aware system
 #
-# Only where it is among the methods, as in `PROFILE=symmetry`; elsewhere the cells of this section show nothing. DualAnoDiff trains a model for every defect. Here one model draws all of them, by LoRA
-# with bases that all share and coefficients of each class (CSB-LoRA); `tied` has few coefficients a LoRA, `VeRA` frozen random
-# bases and two vectors a class. How many numbers that makes, as trained on this category: in the adapters of the UNet, in
-# the rest (interaction, gates and the text encoder's LoRA, which are of the model), and in all.
+# Only where it is among the methods; its parts, one off or changed at a time, are the variants of `PROFILE=symmetry`.
+# DualAnoDiff trains a model for every defect. Here one model draws all of them, by LoRA with bases that all share and
+# coefficients of each class (CSB-LoRA); `tied` has few coefficients a LoRA, `VeRA` frozen random bases and two vectors a class.
+# How many numbers that makes, as trained on this category: in the adapters of the UNet, in the rest (interaction, gates and the
+# text encoder's LoRA, which are of the model), and in all.
 
 # %%
 several = [name for name in names if s.method_of(name).name == "symmetry_aware" and not s.keep(name)]

@@ -21,9 +21,9 @@
 # headline numbers of the other papers, are of this kind.
 #
 # Two rows are always there: `shots_only`, the same model trained on the few real shots with the same settings (the papers'
-# "w/o augmentation"), and `crop_paste`. A filtered row learns from the better part of its method's samples (notebook 8). The model of the last step is tested. Released evaluations
-# choose a checkpoint by its test score instead: what that would have shown stands further down. So does what one sample more
-# is worth.
+# "w/o augmentation"), and `crop_paste`. A filtered row learns from the better part of its method's samples (notebook 8). The
+# model of the last step is tested. Released evaluations choose a checkpoint by its test score instead: what that would have
+# shown of the same trainings stands beside it, in Tables VIII and IX below. So does what one sample more is worth.
 #
 # One unit of this notebook is a category; `methods` and `seeds` are lists.
 
@@ -76,7 +76,8 @@ withheld = dict.fromkeys(
     for (name, _), record in records.items() for m in record["metrics"] if m["value"] is None
 )  # fmt: skip
 single = scores[scores["metric"].str.endswith(regions.BY_DEFECT)]  # of one defect each, further down
-scores = scores.drop(single.index)
+chosen = scores[scores["metric"].str.endswith(regions.ORACLE)]  # by their test score, further down too
+scores = scores.drop([*single.index, *chosen.index])
 tested = bool(scores["value"].notna().any())
 print(*withheld, sep="\n")
 grouped = scores.groupby(["metric", "method"], sort=False)["value"]
@@ -181,6 +182,18 @@ print(*(m["protocol"]["why_withheld"] for m in looked if m["value"] is None), en
 if len(picked):
     print(f"{localised['method'].iloc[-1]}, seed {s.seeds[0]}; one training: no rule is better than another by it")
 picked.round(1)
+
+# %% [markdown]
+# Of all methods and seeds: the score that each rule is chosen by, of the last step and of the best checkpoint on the test set.
+# The difference is what looking at the test set adds, and it need not be the same for all methods.
+
+# %%
+of_rule = {"last": scores, "test_oracle": chosen.assign(metric=chosen["metric"].str.removesuffix(regions.ORACLE))}
+both = pd.concat(of_rule, names=["rule"]).query("metric in ('accuracy', 'pixel_ap')")
+averages = 100 * both.groupby(["metric", "method", "rule"], sort=False)["value"].mean().unstack()
+averages.assign(difference=averages["test_oracle"] - averages["last"]).round(1) if len(
+    chosen
+) else "No rule but the profile's."
 
 # %% [markdown]
 # ## How many samples, how many shots?

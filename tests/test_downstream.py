@@ -86,12 +86,13 @@ def test_checkpoints_change_nothing_in_a_training_and_the_earliest_of_the_best_i
 
     plain, losses = downstream.train_classifier(images, labels, 2, SETTINGS, seed=0)
     looked = downstream.Checkpoints(4, score)
-    best, same = downstream.train_classifier(images, labels, 2, SETTINGS, 0, looked)
+    again, same = downstream.train_classifier(images, labels, 2, SETTINGS, 0, looked)
     assert same == losses and torch.equal(seen[-1], downstream.predict_classes(plain, test)), (
         "the last is the plain model"
     )
+    assert torch.equal(downstream.predict_classes(again, test), seen[-1]), "which is given back"
     assert looked.scores == [(3, 0.2), (6, 0.9), (9, 0.9), (12, 0.1)], "evenly, the last at the end"
-    assert torch.equal(downstream.predict_classes(best, test), seen[1]) and not torch.equal(seen[1], seen[2])
+    assert torch.equal(downstream.predict_classes(looked.best, test), seen[1]) and not torch.equal(seen[1], seen[2])
     few = downstream.Checkpoints(5, lambda model: 0.0)
     downstream.train_localiser(images, masks, images[:2], LOCALISER.model_copy(update={"steps": 2}), 0, few)
     assert [step for step, _ in few.scores] == [1, 2], "a training of two steps has two"

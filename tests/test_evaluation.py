@@ -68,16 +68,22 @@ def score(record, metric):
     return next(m for m in record["metrics"] if m["metric"] == metric)
 
 
-def test_the_key_of_a_score_knows_the_rule_only_where_one_is_asked_for(tiny_parameters):
-    s = ruled(tiny_parameters, checkpoints=3)
-    record = evaluation.downstream(s, study.SHOTS_ONLY, 0)
-    assert set(record["parameters"]["downstream"]) == {"classifier", "localiser"}, "runs from before the rules are kept"
-    rules = score(record, "pixel_ap")["protocol"]["selection"], score(record, "accuracy")["protocol"]["selection"]
-    assert set(rules) == {"last: batch-norm statistics recomputed"}
-    again = evaluation.downstream(ruled(tiny_parameters, checkpoints=4), study.SHOTS_ONLY, 0)
-    assert again == record, "last looks at no checkpoint"
-    other = evaluation.downstream(ruled(tiny_parameters, selection="test_oracle"), study.SHOTS_ONLY, 0)
-    assert other["key"] != record["key"] and other["parameters"]["downstream"]["selection"] == "test_oracle"
+@pytest.mark.parametrize("method", [study.SHOTS_ONLY, "crop_paste"])
+def test_what_the_oracle_would_have_shown_stands_beside_the_last_step_of_the_same_training(tiny_parameters, method):
+    last = evaluation.downstream(ruled(tiny_parameters, checkpoints=2), method, 0)
+    chosen = evaluation.downstream(ruled(tiny_parameters, selection="test_oracle", checkpoints=2), method, 0)
+    assert chosen["key"] != last["key"] and not any(m["metric"].endswith(regions.ORACLE) for m in chosen["metrics"])
+    beside = [m for m in last["metrics"] if m["metric"].endswith(regions.ORACLE)]
+    whole = {m["metric"] for m in chosen["metrics"] if not m["metric"].endswith(regions.BY_DEFECT)}
+    assert {m["metric"].removesuffix(regions.ORACLE) for m in beside} == whole
+    for row in beside:
+        alone = score(chosen, row["metric"].removesuffix(regions.ORACLE))
+        assert row["value"] == alone["value"] and row["protocol"]["selection"] == alone["protocol"]["selection"]
+        assert row["protocol"]["scores_by_step"] == alone["protocol"]["scores_by_step"]
+    for metric in ("accuracy", "pixel_ap"):
+        fair = score(last, metric)
+        assert fair["protocol"]["selection"] == "last: batch-norm statistics recomputed"
+        assert fair["value"] <= score(last, metric + regions.ORACLE)["value"]
 
 
 def test_the_oracle_takes_the_best_test_score_and_says_so(tiny_parameters):

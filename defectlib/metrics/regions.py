@@ -211,6 +211,8 @@ def mask_iou(a: ArrayLike, b: ArrayLike) -> float | None:
 
 BY_DEFECT = "_by_defect"
 """Ends the name of a score of one defect alone: a table averages over defects what it finds under one name."""
+ORACLE = "_test_oracle"
+"""Ends the name of a score of the checkpoint that is best on the test set, of a training whose last step is tested."""
 
 
 def by_defect(confusion: Sequence[Sequence[int]], classes: Sequence[str]) -> dict[str, dict[str, float | None]]:

@@ -12,7 +12,7 @@ import pandas as pd
 from pandas.io.formats.style import Styler
 
 from defectlib import published
-from defectlib.report.specs import REASONS, codes
+from defectlib.report.specs import ORACLE, REASONS, codes
 from defectlib.runs import STAGES
 
 METHOD_TITLES = {name: title for title, name in published.METHODS.items()} | {
@@ -180,6 +180,7 @@ def _run_block(run: pd.DataFrame) -> Block:
         "Published": [number(r.published, r.metric, printed=True) for r in run.itertuples()],
         "Reproduced ± sd (n)": [reproduced_text(r) for r in run.itertuples()],
         "Δ": [number(r.delta, r.metric, sign=True, beside=r.reproduced) for r in run.itertuples()],
+        **_best_on_test(run),
         WHY + "comparable": [", ".join(codes(why)) for why in run["why"]],
     })  # fmt: skip
     title = "Reproduced"
@@ -189,6 +190,13 @@ def _run_block(run: pd.DataFrame) -> Block:
     if (run["method"] == "").all():
         cells = cells.drop(columns="Method")
     return Block(title, cells, list(cells.columns).index("Published"), True)
+
+
+def _best_on_test(run: pd.DataFrame) -> dict[str, list[str]]:
+    """The column of models that were chosen by their test score, where there are any."""
+    if ORACLE not in run or run[ORACLE].isna().all():
+        return {}
+    return {"Best on test": [number(value, metric) for value, metric in zip(run[ORACLE], run["metric"])]}
 
 
 def _published_blocks(table: pd.DataFrame) -> list[Block]:

@@ -13,9 +13,10 @@ from pathlib import Path
 import pandas as pd
 
 from defectlib import paths, published
+from defectlib.metrics import regions
 from defectlib.published import AVERAGE
 from defectlib.report import layout
-from defectlib.report.specs import CLASSIFICATION, LOCALISATION, SPECS, Spec, explain
+from defectlib.report.specs import CLASSIFICATION, LOCALISATION, ORACLE, SPECS, Spec, explain
 
 NAMES = tuple(published.FILES)
 KEY = ["dataset", "category", "method", "metric"]
@@ -40,8 +41,9 @@ def build(results: pd.DataFrame | None, name: str, manifests: pd.DataFrame | Non
 
     Returns:
         Columns ``COLUMNS``; rows with a reproduced value first. KID is times 1,000, scores are in percent. ``why``
-        holds "code: words" parts with the codes of :data:`~defectlib.report.specs.REASONS`. ``attrs`` holds name,
-        title, caption (the title and what was reproduced) and note.
+        holds "code: words" parts with the codes of :data:`~defectlib.report.specs.REASONS`. Tables of scores of
+        trained models have a column ``ORACLE`` besides: what the same trainings score where their checkpoint is chosen
+        on the test set. ``attrs`` holds name, title, caption (the title and what was reproduced) and note.
 
     Raises:
         ValueError: Unknown table, missing columns, or more than one profile.
@@ -57,7 +59,11 @@ def build(results: pd.DataFrame | None, name: str, manifests: pd.DataFrame | Non
     started = set(zip(ours["dataset"], ours["method"]))
     table["why"] = [explain(_reasons(row, spec, set(printed["dataset"]), started)) for row in table.itertuples()]
     table = _sorted(table, spec, printed)
-    table = table[COLUMNS].astype({"n": "Int64"}).reset_index(drop=True)
+    columns = COLUMNS
+    if spec.selected:
+        best = _reproduced(_by_oracle(_checked(results)), spec, printed).rename(columns={"reproduced": ORACLE})
+        table, columns = table.merge(best[[*KEY, ORACLE]], on=KEY, how="left"), [*COLUMNS, ORACLE]
+    table = table[columns].astype({"n": "Int64"}).reset_index(drop=True)
     table.attrs = {"name": name, "title": _title(name), "caption": _caption(table, name, ours), "note": spec.note}
     return table
 
@@ -89,6 +95,12 @@ def _checked(results: pd.DataFrame | None) -> pd.DataFrame:
             f"the results mix the profiles {', '.join(profiles)}: pass the rows of one, they never average"
         )
     return results
+
+
+def _by_oracle(results: pd.DataFrame) -> pd.DataFrame:
+    """The scores of checkpoints that were chosen on the test set, under the names of those of the last step."""
+    rows = results[results["metric"].str.endswith(regions.ORACLE)]
+    return rows.assign(metric=rows["metric"].str.removesuffix(regions.ORACLE))
 
 
 def _reproduced(results: pd.DataFrame, spec: Spec, printed: pd.DataFrame) -> pd.DataFrame:

@@ -10,7 +10,7 @@ import pytest
 
 from defectlib import published
 from defectlib.report import claims, costs, layout, tables
-from defectlib.report.specs import REASONS, codes
+from defectlib.report.specs import ORACLE, REASONS, SPECS, codes
 
 BASE = {
     "profile": "demo", "split": "all_shots", "dataset": "mini", "category": "nut", "method": "crop_paste", "seed": 0,
@@ -137,6 +137,19 @@ def test_a_model_that_was_chosen_is_marked():
     assert "chosen_checkpoint" in why(one(tables.build(gain, "headline"), metric="ap_gain", dataset="mini"))
 
 
+def test_what_choosing_on_the_test_set_adds_stands_beside_and_nowhere_else():
+    row = {"metric": "pixel_ap", "defect": "", "dataset": "mini", "stage": "downstream", "value": 0.5}
+    best = {"metric": "pixel_ap_test_oracle", "protocol": json.dumps({"selection": "test_oracle: best"})}
+    results = frame(*(row | {"seed": k} | own for k in (0, 1) for own in ({}, best | {"value": 0.6 + 0.1 * k})))
+    table = tables.build(results, "table_9")
+    found = one(table, dataset="mini", metric="pixel_ap")
+    assert (found["reproduced"], found["test_oracle"]) == (pytest.approx(50), pytest.approx(65))
+    assert "chosen_checkpoint" not in why(found)
+    assert "test_oracle" not in tables.build(results, "table_2") and "| 65.0 |" in layout.markdown(table)
+    alone = tables.build(frame(row), "table_9")
+    assert alone["test_oracle"].isna().all() and "Best on test |" not in layout.markdown(alone)
+
+
 def test_dirty_is_marked():
     row = one(tables.build(frame({"seed": 0}, {"seed": 1, "dirty": True}), "table_2"), dataset="mini")
     assert why(row)[-1] == "dirty"
@@ -232,7 +245,7 @@ def test_reproduced_rows_come_first():
 @pytest.mark.parametrize("name", tables.NAMES)
 def test_every_reason_has_words(name):
     table = tables.build(frame({}, {"metric": "accuracy", "defect": ""}), name)
-    assert list(table.columns) == tables.COLUMNS
+    assert list(table.columns) == tables.COLUMNS + [ORACLE] * SPECS[name].selected
     assert {code for text in table["why"] for code in codes(text)} <= set(REASONS)
     assert {"caption", "note", "title", "name"} == set(table.attrs)
 
