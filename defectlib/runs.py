@@ -9,6 +9,7 @@ deleted, and made anew.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import importlib.metadata
 import json
@@ -185,6 +186,15 @@ def stage(
         "peak_memory_mb": peak_memory_mb(), **provenance(),
     }  # fmt: skip
     paths.write_text(folder.stage_file(name), json.dumps(record, indent=1))
+
+
+@contextlib.contextmanager
+def alone(folder: RunFolder) -> Iterator[None]:
+    """Within it no other process of this machine is: several categories may ask for one fit at once."""
+    folder.path.mkdir(parents=True, exist_ok=True)
+    with open(folder.path / ".lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _forget_peak_memory() -> None:

@@ -6,6 +6,7 @@ the same parameters is read, not repeated, so a notebook runs alone, in a batch,
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import time
@@ -40,21 +41,44 @@ COPIED_FROM = 0.95
 
 
 def fit(s: Study, method: str, seed: int) -> dict[str, Any]:
-    """Fit a method on the shots, or the method of a variant that changes nothing in it; the record of the stage."""
+    """Fit a method on the shots, or the method of a variant that changes nothing in it; the record of the stage.
+
+    Where one fit serves all categories, it lies in the first one's folder, and the others' records name it.
+    """
     method = s.fitted_as(method)
+    covered = s.fitted_with(method)
+    if s.category != covered[0].category:
+        return _fitted_elsewhere(s, covered[0], method, seed)
     config, kind = s.config(method), s.method_of(method)
     values = {"method": kind.name, "config": config.fit_values(), "seed": seed}
     if kind.needs_backbone:
         values |= {"prompts": s.prompts(), "backbone": {s.settings.backbone: backbone.digest(s.settings.backbone)}}
-    folder, key = s.folder(method, seed), runs.stage_key(values, [s.data_key(seed)])
+    folder, key = s.folder(method, seed), runs.stage_key(values, [one.data_key(seed) for one in covered])
+    with runs.alone(folder) if len(covered) > 1 else contextlib.nullcontext():
+        if (record := folder.complete("fit", key)) is not None:
+            return record
+        with runs.stage(folder, "fit", key, s.identity(method, seed), values, {"split": s.data_key(seed)}) as metrics:
+            fitted = kind(config, s.backbone(method))
+            clock = time.perf_counter()
+            shots, normals = (
+                [item for one in covered for item in read(one)]
+                for read in (lambda one: one.shots(seed), lambda one: one.normals(seed))
+            )
+            fitted.fit(shots, normals, prompts=s.prompts(), seed=seed, workdir=folder.model)
+            fitted.save(folder.model)
+            metrics.append({"metric": "fit_s", "value": time.perf_counter() - clock})
+    return folder.record("fit")
+
+
+def _fitted_elsewhere(s: Study, first: Study, method: str, seed: int) -> dict[str, Any]:
+    """The record of a fit that another category's run holds; made there where it is not yet."""
+    upstream = fit(first, method, seed)
+    values = {"method": s.method_of(method).name, "fitted_with": first.category, "seed": seed}
+    folder, key = s.folder(method, seed), runs.stage_key(values, [upstream["key"]])
     if (record := folder.complete("fit", key)) is not None:
         return record
-    with runs.stage(folder, "fit", key, s.identity(method, seed), values, {"split": s.data_key(seed)}) as metrics:
-        fitted = kind(config, s.backbone(method))
-        clock = time.perf_counter()
-        fitted.fit(s.shots(seed), s.normals(seed), prompts=s.prompts(), seed=seed, workdir=folder.model)
-        fitted.save(folder.model)
-        metrics.append({"metric": "fit_s", "value": time.perf_counter() - clock})
+    with runs.stage(folder, "fit", key, s.identity(method, seed), values, {"fit": upstream["key"]}):
+        pass
     return folder.record("fit")
 
 

@@ -143,13 +143,26 @@ class Study:
         variant = self.settings.variants.get(name)
         return variant.keep if variant else None
 
+    def fitted_with(self, name: str) -> list[Study]:
+        """The categories whose shots the fit of a method or a variant learns from; the first holds the fit.
+
+        Itself alone, or all that the profile's grid covers where one fit serves the data set.
+        """
+        if not base.covers_dataset(self.config(name)):
+            return [self]
+        alike = {"defects": None, "methods": [self.method_of(name).name], "seeds": list(self.seeds), "prompts": {}}
+        shared = self.parameters.model_copy(update=alike | {"category": None})
+        others = [shared.model_copy(update={"category": name}) for name in prepare.categories(shared)]
+        return [dataclasses.replace(open_category(p), settings=self.settings) for p in others]
+
     def load(self, name: str, seed: int) -> Method:
         """The fitted method of a run, or a variant of it, ready to draw; :func:`fit` must have been called.
 
         Raises:
             ValueError: A file of the fit is cut off or missing.
         """
-        folder, base_model = self.folder(self.fitted_as(name), seed), self.backbone(name)
+        folder = self.fitted_with(name)[0].folder(self.fitted_as(name), seed)
+        base_model = self.backbone(name)
         try:
             fitted = self.method_of(name).load(folder.model, base_model)
         except (OSError, json.JSONDecodeError, KeyError, SafetensorError) as error:  # whatever a truncated file raises

@@ -244,3 +244,25 @@ def test_compensation_runs_on_an_object(tiny_parameters):
     record = stages.sample(s, "dualanodiff_compensated", 0)
     drawn = sampling.load(s.folder("dualanodiff_compensated", 0).path)
     assert record["metrics"] and len(drawn) == s.n_per_defect("dualanodiff") * len(s.defects)
+
+
+def test_one_fit_may_serve_all_categories(tiny_parameters, monkeypatch):
+    asked = tiny_parameters.model_copy(update={"methods": ["symmetry_aware"]})
+    first, second = (
+        study.open_category(asked.model_copy(update={"category": c})) for c in prepare.categories(tiny_parameters)
+    )
+    name, kind, trained = "symmetry_aware_all_categories", first.method_of("symmetry_aware"), []
+    real = kind.fit
+    monkeypatch.setattr(
+        kind, "fit", lambda self, shots, *a, **b: (trained.append(shots), real(self, shots, *a, **b))[1]
+    )
+    record = stages.sample(second, name, 0)
+    assert stages.fit(first, name, 0)["key"] == second.folder(name, 0).record("fit")["inputs"]["fit"]
+    (shots,) = trained
+    assert {shot.category for shot in shots} == {first.category, second.category}, "once, on the shots of both"
+    both = [f"{s.category}/{d}" for s in (first, second) for d in s.defects]
+    assert list(first.load(name, 0).areas) == list(second.load(name, 0).areas) == both
+    assert not second.folder(name, 0).model.exists() and stages.sample(second, name, 0) == record
+    drawn = pd.read_csv(second.folder(name, 0).path / "samples.csv")
+    assert set(drawn["defect"]) == set(second.defects)
+    assert first.folder(name, 0).record("fit")["key"] != stages.fit(first, "symmetry_aware", 0)["key"]

@@ -73,9 +73,13 @@ class Dual(nn.Module):
 
     def load_trained(self, state: State, classes: Tensor | None = None) -> None:
         """Set what is trained to what :meth:`trained_state` held, ready to draw this class, see ``BranchUNet.fold``."""
+        self.set_trained(state)
+        self.branches.fold(classes)
+
+    def set_trained(self, state: State) -> None:
+        """Set what is trained to what :meth:`trained_state` held, ready to be trained on."""
         self.expect(state)
         self.branches.unfold()
         with torch.no_grad():
             for name, value in zip(self.names, self.trained, strict=True):
                 value.copy_(state[name])
-        self.branches.fold(classes)

@@ -41,7 +41,7 @@ class Method(Protocol):
 
     Class attributes:
         Config: The method's :class:`MethodConfig`.
-        scope: What one fit covers.
+        scope: What one fit covers; a configuration may have a ``scope`` of its own, see :func:`covers_dataset`.
         makes_masks: True where the method draws its own mask and ignores ``Request.mask``.
         preserves_background: True where pixels outside the sample's mask equal the normal's exactly.
         needs_backbone: True where it draws with a base model.
@@ -123,6 +123,11 @@ def configure(name: str, values: dict[str, Any]) -> MethodConfig:
     except ValidationError as error:
         wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
         raise ValueError(f"configuration of method '{name}': {wrong}") from error
+
+
+def covers_dataset(config: MethodConfig) -> bool:
+    """Whether one fit with this configuration serves all categories of a data set."""
+    return getattr(config, "scope", None) == "dataset"
 
 
 def save_shots(shots: Sequence[Shot], folder: Path) -> list[dict[str, str]]:

@@ -111,6 +111,16 @@ class PairMethod:
             ValueError: There is no shot, a shot's mask covers the whole image or most of its border, or compensation
                 is asked for where no shot of a defect, or not every normal, has a background.
         """
+        by_defect = self._readable(shots, normals)
+        self.states, self.curves = {}, {}
+        self._dual, self._holds = None, ""
+        self.areas = {defect: area_range(own) for defect, own in by_defect.items()}
+        for group in dict.fromkeys(map(self.group, by_defect)):
+            own = [shot for shot in shots if self.group(self.name_of(shot)) == group]
+            self.states[group], self.curves[group] = self._fit(group, own, seed, workdir)
+
+    def _readable(self, shots: Sequence[Shot], normals: Sequence[Tensor]) -> dict[str, list[Shot]]:
+        """The shots of each defect; ValueError where one cannot be learned from, see :meth:`fit`."""
         if not shots:
             raise ValueError(f"{self.title} needs at least one shot of a defect to learn from")
         if full := [shot for shot in shots if shot.mask.all()]:
@@ -125,7 +135,9 @@ class PairMethod:
                 "read off such a part; remove the pair or cut a larger window"
             )
         self.backbone.latent_shape(shots[0].image.shape[-1])
-        by_defect = {d: [shot for shot in shots if shot.defect == d] for d in dict.fromkeys(s.defect for s in shots)}
+        by_defect: dict[str, list[Shot]] = {}
+        for shot in shots:
+            by_defect.setdefault(self.name_of(shot), []).append(shot)
         for defect, own in by_defect.items() if self.config.compensation else ():
             if all(foreground(shot.image).all() for shot in own):
                 raise ValueError(
@@ -138,13 +150,11 @@ class PairMethod:
                 f"compensation needs a background, and {blank} of {len(normals)} normal images of {shots[0].category} "
                 "show none: leave them out, or set compensation to false"
             )
-        self.states, self.curves = {}, {}
-        self._dual, self._holds = None, ""
-        areas = {defect: [area_of(shot.mask) for shot in own] for defect, own in by_defect.items()}
-        self.areas = {defect: (min(own), max(own)) for defect, own in areas.items()}
-        for group in dict.fromkeys(map(self.group, by_defect)):
-            own = [shot for shot in shots if self.group(shot.defect) == group]
-            self.states[group], self.curves[group] = self._fit(group, own, seed, workdir)
+        return by_defect
+
+    def name_of(self, of: Shot | Request) -> str:
+        """How a fit names the defect of a shot or a request."""
+        return of.defect
 
     def group(self, defect: str) -> str:
         """Which model draws a defect: one of its own, unless a method says otherwise."""
@@ -163,15 +173,20 @@ class PairMethod:
         return lambda items: {}
 
     def factors(self, dual: Dual) -> list[float] | None:
-        """Of the learning rate, one a trained parameter; None: all 1."""
+        """Of the learning rate, one a parameter that is trained; None: all 1."""
         return None
 
     def penalty(self, dual: Dual) -> Tensor | float:
         """What is added to every step's loss."""
         return 0.0
 
-    def _fit(self, group: str, shots: Sequence[Shot], seed: int, workdir: Path) -> tuple[State, Curve]:
-        """Train the model of one group, or take it from where a killed run had ended it; ``save`` clears that."""
+    def _fit(
+        self, group: str, shots: Sequence[Shot], seed: int, workdir: Path, start: State | None = None
+    ) -> tuple[State, Curve]:
+        """Train the model of one group, or take it from where a killed run had ended it; ``save`` clears that.
+
+        From a ``start`` only what classes have of their own is trained, the rest stays as it is there.
+        """
         config, base = self.config, self.backbone
         pictures = training_pictures(
             shots, seed, flips=config.flips, crops=config.crops, crop_side=config.crop_side,
@@ -181,13 +196,17 @@ class PairMethod:
         def train() -> tuple[State, Curve]:
             latents = {name: self._encode(images, name) for name, images in pictures.shown.items()}
             dual = self.untrained(seed)
+            if start is not None:
+                dual.set_trained(start)
+                for name, value in zip(dual.names, dual.trained, strict=True):
+                    value.requires_grad_(name.endswith(OWN))
             given = self.step(dual, pictures, shots)
 
             def loss(items: Tensor, generator: torch.Generator) -> Tensor:
                 clean = {name: x[items] for name, x in latents.items()}
                 return dual_loss(dual, base, clean, generator, **given(items)) + self.penalty(dual)
 
-            steps = config.steps * len({shot.defect for shot in shots})
+            steps = config.steps * len(set(map(self.name_of, shots)))
             settings = FitSettings(
                 steps=steps, batch_size=config.train_batch_size, learning_rate=config.learning_rate,
                 schedule=config.schedule, precision=config.precision,
@@ -204,7 +223,8 @@ class PairMethod:
             return dual.trained_state(), curve
 
         learned = digest([*pictures.shown.values(), pictures.masks])
-        asked = [base.digest, config.fit_values(), learned, [shot.defect for shot in shots], seed]
+        asked = [base.digest, config.fit_values(), learned, [*map(self.name_of, shots)], seed]
+        asked += [] if start is None else [digest(start.values())]
         folder = workdir / "checkpoints" / f"{group}-{hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:12]}"
         return once(workdir / ENDED / f"{group}.safetensors", asked, train)
 
@@ -249,9 +269,9 @@ class PairMethod:
             ValueError: A request asks for a defect that was not learned, or compensation has no background to read.
         """
         for request in requests:
-            if request.defect not in self.areas:
+            if (name := self.name_of(request)) not in self.areas:
                 known = ", ".join(self.areas) or "nothing"
-                raise ValueError(f"{self.title} was fitted on {known}, not on '{request.defect}'")
+                raise ValueError(f"{self.title} was fitted on {known}, not on '{name}'")
             if self.config.compensation and foreground(request.normal).all():
                 raise ValueError(
                     f"the normal image of request {request.seed} shows no background that compensation could read: "
@@ -263,8 +283,8 @@ class PairMethod:
             left = [i for i in range(len(requests)) if i not in drawn or drawn[i].notes["flaw"]]
             for i in left if attempt else []:
                 before[i].append(drawn[i].notes["flaw"])
-            for defect in dict.fromkeys(requests[i].defect for i in left):
-                own = [i for i in left if requests[i].defect == defect]
+            for defect in dict.fromkeys(self.name_of(requests[i]) for i in left):
+                own = [i for i in left if self.name_of(requests[i]) == defect]
                 for start in range(0, len(own), self.config.batch_size):
                     part = own[start : start + self.config.batch_size]
                     drawn |= zip(part, self._draw([requests[i] for i in part], attempt), strict=True)
@@ -279,7 +299,7 @@ class PairMethod:
         for image, part, r in zip(images, parts, requests, strict=True):
             cut = extract(part, self.config.floor)
             notes = {"threshold": round(cut.threshold, 4), "threshold_by": cut.by, "drawing": attempt + 1}
-            notes["flaw"] = self._flaw(cut.mask, r.defect)
+            notes["flaw"] = self._flaw(cut.mask, self.name_of(r))
             samples.append(Sample(image, cut.mask, r.category, r.defect, r.seed, r.group, notes, part))
         return samples
 
@@ -289,7 +309,7 @@ class PairMethod:
 
     def denoised(self, requests: Sequence[Request], attempt: int = 0, hooks: Sequence = ()) -> tuple[Tensor, Tensor]:
         """Images and parts (N, 3, H, W) of up to ``batch_size`` requests of one defect; hooks see the batch padded."""
-        config, base, dual = self.config, self.backbone, self.dual(requests[0].defect)
+        config, base, dual = self.config, self.backbone, self.dual(self.name_of(requests[0]))
         padded = [*requests, *[requests[-1]] * (config.batch_size - len(requests))]
         shape = base.latent_shape(padded[0].normal.shape[-1])
         seeds = [noise_seed(request.seed, branch, attempt) for branch in (IMAGE, PART) for request in padded]
@@ -360,6 +380,12 @@ class PairMethod:
             method.curves[group] = [tuple(point) for point in curve]
             method._dual.expect(method.states[group], file)
         return method
+
+
+def area_range(shots: Sequence[Shot]) -> tuple[float, float]:
+    """The least and the largest area of a defect's masks."""
+    own = [area_of(shot.mask) for shot in shots]
+    return min(own), max(own)
 
 
 def noise_seed(seed: int, what: int, attempt: int = 0) -> int:

@@ -7,14 +7,15 @@ neighborhoods"). Rank, number of bases, the gates' form, the band's width, all w
 stated; they are our reading, and stand with their equations in ``branches.classes``, ``branches.gates`` and
 ``branches.guidance``. With all three off, and one class, a training step is DualAnoDiff's to the bit.
 
-One model is trained for all defects of a category. Prompts stay "a vfx with sks" and "sks": classes differ by their
-coefficients alone.
+One model is trained for all defects of a category, or of all categories (``scope``). Prompts stay "a vfx with sks" and
+"sks": classes differ by their coefficients alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -26,8 +27,9 @@ from defectlib.branches.classes import OWN, START, discrepancy, orthogonality, s
 from defectlib.branches.gates import Schedule
 from defectlib.branches.guidance import min_snr, spatial_weights
 from defectlib.methods.base import register
-from defectlib.methods.pairs import PairConfig, PairMethod
-from defectlib.types import Shot
+from defectlib.methods.pairs import PairConfig, PairMethod, area_range
+from defectlib.training import Curve
+from defectlib.types import Request, Shot
 
 GROUP = "all"
 
@@ -36,6 +38,7 @@ class SymmetryAwareConfig(PairConfig):
     """DualAnoDiff's values for what the two share; the rest is our reading.
 
     Attributes:
+        scope: Classes are the defects of a category, or of all categories together, which then share one model.
         class_coefficients: CSB-LoRA; False is one LoRA for all classes.
         tie_blocks: Coefficients a class and LoRA, a divisor of ``rank``; None is ``rank`` of them.
         coefficient_start: Standard deviation of the departures d_c before training.
@@ -57,6 +60,7 @@ class SymmetryAwareConfig(PairConfig):
         x0_space: Errors of x_0 with min-SNR weights instead of the base's own target.
     """
 
+    scope: Literal["category", "dataset"] = "category"
     class_coefficients: bool = True
     tie_blocks: int | None = Field(None, ge=1)
     coefficient_start: float = Field(START, ge=0)
@@ -90,6 +94,10 @@ class SymmetryAware(PairMethod):
     title = "the symmetry-aware system"
     scope = "category"
 
+    def name_of(self, of: Shot | Request) -> str:
+        """With its category where classes are of several."""
+        return of.defect if self.config.scope == "category" else f"{of.category}/{of.defect}"
+
     def group(self, defect: str) -> str:
         """One model for all."""
         return GROUP
@@ -106,6 +114,47 @@ class SymmetryAware(PairMethod):
     def classes(self, defect: str) -> Tensor | None:
         """The defect's own class."""
         return torch.tensor([list(self.areas).index(defect)]) if self.config.class_coefficients else None
+
+    def learn(self, shots: Sequence[Shot], *, seed: int, workdir: Path) -> Curve:
+        """Learn one more defect after the fit, with all that classes share frozen: its coefficients alone are trained.
+
+        They start as a class does in a fit and are trained for ``steps``, with the fit's settings. What was fitted
+        before is left as it is, and draws the same images.
+
+        Args:
+            shots: Of one defect that was not learned yet.
+            seed: Of the training.
+            workdir: Where a killed training goes on.
+
+        Returns:
+            The curve of the loss.
+
+        Raises:
+            ValueError: Nothing was fitted, all classes share one LoRA, the defect is known, there are several, or a
+                shot cannot be learned from (see ``fit``).
+        """
+        if not self.states:
+            raise ValueError(f"{self.title} is not fitted: a new class needs the bases of others")
+        if not self.config.class_coefficients:
+            raise ValueError("one LoRA for all classes has none to add to: fit with class_coefficients")
+        defects = list(self._readable(shots, []))
+        if len(defects) > 1:
+            raise ValueError(f"one new defect at a time: these shots are of {', '.join(defects)}")
+        if (new := defects[0]) in self.areas:
+            raise ValueError(f"{self.title} has learned '{new}' already; it knows {', '.join(self.areas)}")
+        known, before = self.areas, self.states[GROUP]
+        self.areas = known | {new: area_range(shots)}
+        blank = self.untrained(seed).trained_state()
+        rows = {name: torch.cat([before[name], blank[name][-1:]]) for name in blank if name.endswith(OWN)}
+        try:
+            learned, curve = self._fit(new, shots, seed, workdir, before | rows)
+        except BaseException:
+            self.areas = known
+            raise
+        # The optimiser's weight decay also reaches the rows of the other classes: they are put back.
+        rows = {name: torch.cat([before[name], learned[name][-1:]]) for name in rows}
+        self.states[GROUP], self._dual, self._holds = before | rows, None, ""
+        return curve
 
     def between(self, first: str, second: str, share: float) -> Dual:
         """The model of what lies between two defects: ``share`` of the second's coefficients, the rest the first's.
@@ -130,7 +179,7 @@ class SymmetryAware(PairMethod):
         """Classes of the rows, and SGRL's weights, which are computed once a picture."""
         config, base = self.config, self.backbone
         order = list(self.areas)
-        classes = torch.tensor([order.index(shot.defect) for shot in shots])[pictures.of_shot]
+        classes = torch.tensor([order.index(self.name_of(shot)) for shot in shots])[pictures.of_shot]
         spatial = self.spatial(pictures.masks).to(base.device) if config.guidance else None
 
         def given(items: Tensor) -> dict[str, Any]:
@@ -156,7 +205,8 @@ class SymmetryAware(PairMethod):
 
     def factors(self, dual: Dual) -> list[float] | None:
         """``own_rate`` for coefficients, vectors and gates."""
-        few = (name.endswith(OWN) or ".gates." in name for name in dual.names)
+        trained = (name for name, value in zip(dual.names, dual.trained, strict=True) if value.requires_grad)
+        few = (name.endswith(OWN) or ".gates." in name for name in trained)
         return [self.config.own_rate if own else 1.0 for own in few]
 
     def penalty(self, dual: Dual) -> Tensor | float:

@@ -28,6 +28,7 @@ METHOD_TITLES = {name: title for title, name in published.METHODS.items()} | {
     "symmetry_aware_tied": "Symmetry-aware, tied blocks", "symmetry_aware_vera": "Symmetry-aware, VeRA",
     "symmetry_aware_no_gates": "Symmetry-aware w/o TDAM", "symmetry_aware_cosine": "Symmetry-aware, cosine gates",
     "symmetry_aware_prior": "Symmetry-aware, gates from the prior",
+    "symmetry_aware_all_categories": "Symmetry-aware, one model for all categories",
     "symmetry_aware_no_guidance": "Symmetry-aware w/o SGRL", "symmetry_aware_compensated": "Symmetry-aware with BCM",
     "defectsynth_filtered": "DefectSynth, filtered", "crop_paste_filtered": "Crop-Paste, filtered",
 }  # fmt: skip

@@ -127,6 +127,26 @@ def test_between_two_defects_lie_both_ends(whole):
     assert (at[0.5] - ends[0]).abs().max() > 1e-3 and (at[0.5] - ends[1]).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("form", [{}, {"tie_blocks": 2}, {"vera": True}])
+def test_a_new_class_is_learned_by_its_coefficients_alone(untrained, tmp_path, form):
+    method = fitted(SymmetryAware, SymmetryAwareConfig(**QUICK, **form), SHOTS, untrained, tmp_path / "fit")
+    drawn, before = method.denoised([request("hole")])[0], method.states["all"]
+    more = [shot("burn", k) for k in range(2)]
+    assert method.learn(more, seed=3, workdir=tmp_path / "more")[-1][0] == QUICK["steps"]
+    state, own = method.states["all"], (".departure", ".vectors")
+    assert all(torch.equal(state[name], before[name]) for name in state if not name.endswith(own))
+    few = [name for name in state if name.endswith(own)]
+    assert few and all(len(state[name]) == 3 and torch.equal(state[name][:2], before[name]) for name in few)
+    start = method.untrained(3).trained_state()
+    assert any(not torch.equal(state[name][2], start[name][2]) for name in few), "its own have moved"
+    assert torch.equal(method.denoised([request("hole")])[0], drawn), "the others draw what they drew"
+    new = method.denoised([request("burn")])[0]
+    assert not torch.equal(new, drawn)
+    method.save(tmp_path / "model")
+    back = SymmetryAware.load(tmp_path / "model", untrained)
+    assert list(back.areas) == ["hole", "dent", "burn"] and torch.equal(back.denoised([request("burn")])[0], new)
+
+
 def test_bad_input_is_one_sentence(whole, untrained, tmp_path):
     with pytest.raises(ValueError, match="the symmetry-aware system was fitted on hole, dent, not on 'crack'"):
         whole.sample([request("crack")])
@@ -135,6 +155,19 @@ def test_bad_input_is_one_sentence(whole, untrained, tmp_path):
     shared = SymmetryAware(SymmetryAwareConfig(**QUICK | OFF), untrained)
     with pytest.raises(ValueError, match="holds nothing between two"):
         shared.between("hole", "dent", 0.5)
+    where = {"seed": 0, "workdir": tmp_path}
+    with pytest.raises(ValueError, match="is not fitted: a new class needs the bases of others"):
+        shared.learn([shot("burn", 0)], **where)
+    shared.states = {"all": {}}
+    with pytest.raises(ValueError, match="one LoRA for all classes has none to add to"):
+        shared.learn([shot("burn", 0)], **where)
+    with pytest.raises(ValueError, match="has learned 'hole' already; it knows hole, dent"):
+        whole.learn([shot("hole", 0)], **where)
+    with pytest.raises(ValueError, match="one new defect at a time: these shots are of burn, scratch"):
+        whole.learn([shot("burn", 0), shot("scratch", 0)], **where)
+    with pytest.raises(ValueError, match="needs at least one shot"):
+        whole.learn([], **where)
+    assert list(whole.areas) == ["hole", "dent"]
     with pytest.raises(ValueError, match="3 blocks do not divide rank 4"):
         fitted(SymmetryAware, SymmetryAwareConfig(**QUICK, tie_blocks=3), SHOTS, untrained, tmp_path)
     whole.save(tmp_path)
