@@ -36,9 +36,8 @@ def downstream(s: Study, method: str, seed: int) -> dict[str, Any]:
 
     The row ``shots_only`` (the papers' "w/o augmentation") trains both on the shots, by the same settings: as many
     steps, or as many epochs of fewer images. Where the rule of selection is ``last``, the scores that ``test_oracle``
-    would have had of the same training stand beside it, under names that end in
-    ``regions.ORACLE``. A split that holds no defect out (``all_shots`` on a small set) has
-    nothing to test on: its scores are withheld, with the reason.
+    would have had of the same training stand beside it, under names that end in ``regions.ORACLE``. A split that holds
+    no defect out (``all_shots`` on a small set) has nothing to test on: its scores are withheld, with the reason.
     """
     source = [_source(s, method, seed)]
     values = {

@@ -49,6 +49,7 @@ def fit(s: Study, method: str, seed: int) -> dict[str, Any]:
     covered = s.fitted_with(method)
     if s.category != covered[0].category:
         return _fitted_elsewhere(s, covered[0], method, seed)
+    s = covered[0]
     config, kind = s.config(method), s.method_of(method)
     values = {"method": kind.name, "config": config.fit_values(), "seed": seed}
     if kind.needs_backbone:

@@ -146,14 +146,18 @@ class Study:
     def fitted_with(self, name: str) -> list[Study]:
         """The categories whose shots the fit of a method or a variant learns from; the first holds the fit.
 
-        Itself alone, or all that the profile's grid covers where one fit serves the data set.
+        Itself alone, or all that the profile's grid covers where one fit serves the data set. Of a category or of
+        defects outside the grid the fit is its own, and learns from the grid's besides.
         """
         if not base.covers_dataset(self.config(name)):
             return [self]
         alike = {"defects": None, "methods": [self.method_of(name).name], "seeds": list(self.seeds), "prompts": {}}
         shared = self.parameters.model_copy(update=alike | {"category": None})
         others = [shared.model_copy(update={"category": name}) for name in prepare.categories(shared)]
-        return [dataclasses.replace(open_category(p), settings=self.settings) for p in others]
+        grid = [dataclasses.replace(open_category(p), settings=self.settings) for p in others]
+        if (self.category, self.defects) in [(one.category, one.defects) for one in grid]:
+            return grid
+        return [self, *(one for one in grid if one.category != self.category)]
 
     def load(self, name: str, seed: int) -> Method:
         """The fitted method of a run, or a variant of it, ready to draw; :func:`fit` must have been called.

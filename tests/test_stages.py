@@ -246,7 +246,7 @@ def test_compensation_runs_on_an_object(tiny_parameters):
     assert record["metrics"] and len(drawn) == s.n_per_defect("dualanodiff") * len(s.defects)
 
 
-def test_one_fit_may_serve_all_categories(tiny_parameters, monkeypatch):
+def test_one_fit_may_serve_all_categories(tiny_parameters, tmp_path, monkeypatch):
     asked = tiny_parameters.model_copy(update={"methods": ["symmetry_aware"]})
     first, second = (
         study.open_category(asked.model_copy(update={"category": c})) for c in prepare.categories(tiny_parameters)
@@ -258,7 +258,7 @@ def test_one_fit_may_serve_all_categories(tiny_parameters, monkeypatch):
     )
     record = stages.sample(second, name, 0)
     assert stages.fit(first, name, 0)["key"] == second.folder(name, 0).record("fit")["inputs"]["fit"]
-    (shots,) = trained
+    shots = trained.pop()
     assert {shot.category for shot in shots} == {first.category, second.category}, "once, on the shots of both"
     both = [f"{s.category}/{d}" for s in (first, second) for d in s.defects]
     assert list(first.load(name, 0).areas) == list(second.load(name, 0).areas) == both
@@ -266,3 +266,8 @@ def test_one_fit_may_serve_all_categories(tiny_parameters, monkeypatch):
     drawn = pd.read_csv(second.folder(name, 0).path / "samples.csv")
     assert set(drawn["defect"]) == set(second.defects)
     assert first.folder(name, 0).record("fit")["key"] != stages.fit(first, "symmetry_aware", 0)["key"]
+    few = asked.model_copy(update={"category": second.category, "defects": [second.defects[1]]})
+    lone = study.open_category(few.model_copy(update={"runs_root": str(tmp_path / "lone")}))
+    stages.sample(lone, name, 0)
+    own = [f"{lone.category}/{lone.defects[0]}", *both[: len(first.defects)]]
+    assert list(lone.load(name, 0).areas) == own, "outside the grid: a fit of its own"

@@ -16,7 +16,7 @@ from defectlib import paths, published
 from defectlib.metrics import regions
 from defectlib.published import AVERAGE
 from defectlib.report import layout
-from defectlib.report.specs import CLASSIFICATION, LOCALISATION, ORACLE, SPECS, Spec, explain
+from defectlib.report.specs import CLASSIFICATION, LOCALISATION, ORACLE, ORACLE_NOTE, SPECS, Spec, explain
 
 NAMES = tuple(published.FILES)
 KEY = ["dataset", "category", "method", "metric"]
@@ -64,7 +64,8 @@ def build(results: pd.DataFrame | None, name: str, manifests: pd.DataFrame | Non
         best = _reproduced(_by_oracle(_checked(results)), spec, printed).rename(columns={"reproduced": ORACLE})
         table, columns = table.merge(best[[*KEY, ORACLE]], on=KEY, how="left"), [*COLUMNS, ORACLE]
     table = table[columns].astype({"n": "Int64"}).reset_index(drop=True)
-    table.attrs = {"name": name, "title": _title(name), "caption": _caption(table, name, ours), "note": spec.note}
+    note = f"{spec.note} {ORACLE_NOTE}" if spec.selected and table[ORACLE].notna().any() else spec.note
+    table.attrs = {"name": name, "title": _title(name), "caption": _caption(table, name, ours), "note": note}
     return table
 
 

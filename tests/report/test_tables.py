@@ -147,7 +147,7 @@ def test_what_choosing_on_the_test_set_adds_stands_beside_and_nowhere_else():
     assert "chosen_checkpoint" not in why(found)
     assert "test_oracle" not in tables.build(results, "table_2") and "| 65.0 |" in layout.markdown(table)
     alone = tables.build(frame(row), "table_9")
-    assert alone["test_oracle"].isna().all() and "Best on test |" not in layout.markdown(alone)
+    assert alone["test_oracle"].isna().all() and "Best on test" not in layout.markdown(alone)
 
 
 def test_dirty_is_marked():
