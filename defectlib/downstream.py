@@ -109,7 +109,7 @@ def _optimise(
 ) -> tuple[nn.Module, list[float]]:
     """Adam with one cosine decay to zero; the model of the last step, and all losses."""
     index = list(index)
-    optimiser = torch.optim.Adam(model.parameters(), lr=rate)
+    optimiser = torch.optim.Adam(model.parameters(), lr=rate, fused=True)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, max(1, len(index)))
     due = {ceil(len(index) * k / checkpoints.n) for k in range(1, checkpoints.n + 1)} if checkpoints else set()
     model.train()

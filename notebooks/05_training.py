@@ -132,7 +132,7 @@ for method in s.methods:
     frozen = {"unet": base.unet, "vae": base.vae, "text_encoder": base.text_encoder} if base else {}
     rows += [[title, part, sum(w.numel() for w in net.parameters()), "frozen"] for part, net in frozen.items()]
 parts = pd.DataFrame(rows, columns=["method", "part", "parameters", "state"])
-parts.style.format({"parameters": "{:,}"}).hide()
+parts.style.format({"parameters": "{:,}"}).hide().set_uuid("parts")
 
 # %% [markdown]
 # ## The loss on the way

@@ -191,7 +191,9 @@ for name in pairs:
         moves[name], curves[name] = multiclass.moved(fitted, seed), multiclass.gates(fitted, seed)
     if name in several and s.config(name).class_coefficients and not s.config(name).vera:
         alike[name] = multiclass.similarity(fitted)
-pd.DataFrame(sizes).T.style.format("{:,}") if several else "The symmetry-aware system was not asked for."
+pd.DataFrame(sizes).T.style.format("{:,}").set_uuid(
+    "sizes"
+) if several else "The symmetry-aware system was not asked for."
 
 # %% [markdown]
 # ### How alike classes are

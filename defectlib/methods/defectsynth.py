@@ -60,8 +60,9 @@ class DefectSynthConfig(MethodConfig):
     Where the paper is silent the fit loop's own values hold: gradients are clipped to norm 1 (``training``).
 
     Attributes:
-        epochs: Passes over the shots; ``steps`` replaces them where it is given. After 0 steps the ControlNet has no
-            effect, and the base model draws by itself (zero-shot).
+        epochs: Passes over the shots; ``steps`` replaces them where it is given: of a defect, so that one ControlNet
+            for several trains that often for each. After 0 steps the ControlNet has no effect, and the base model draws
+            by itself (zero-shot).
         schedule: Of the learning rate: constant as in the paper, or a cosine to zero, for short fits at a high rate.
         flips: Also train on every shot mirrored both ways and turned by half; the paper has no augmentation.
         crops: Random square windows of each shot to train on besides the whole, where a thin mask meets the latents'
@@ -128,10 +129,11 @@ class DefectSynthConfig(MethodConfig):
         }  # fmt: skip
         return cls(**released | changes)
 
-    def fit_settings(self, n_items: int) -> FitSettings:
-        """The settings of the fit loop for this many training items."""
+    def fit_settings(self, n_items: int, n_defects: int) -> FitSettings:
+        """The settings of the fit loop for this many training items of this many defects."""
+        passes = self.epochs * -(-n_items // self.train_batch_size)
         return FitSettings(
-            steps=self.epochs * -(-n_items // self.train_batch_size) if self.steps is None else self.steps,
+            steps=passes if self.steps is None else self.steps * n_defects,
             batch_size=self.train_batch_size, learning_rate=self.learning_rate, schedule=self.schedule,
             precision=self.precision, ema=self.ema,
         )  # fmt: skip
@@ -198,7 +200,7 @@ class DefectSynth:
 
         self.curve = []
         if config.steps != 0:
-            settings = config.fit_settings(len(latents))
+            settings = config.fit_settings(len(latents), len({shot.defect for shot in shots}))
             try:
                 self.curve = fit(net, loss, len(latents), settings, seed=seed, folder=workdir / "checkpoints")
             finally:

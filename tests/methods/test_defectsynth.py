@@ -179,8 +179,8 @@ def test_another_batch_size_moves_a_pixel_by_a_grey_level_at_most(fitted):
 
 
 def test_epochs_become_steps():
-    assert DefectSynthConfig().fit_settings(9).steps == 2000 * 5
-    assert DefectSynthConfig(steps=7).fit_settings(9).steps == 7
+    assert DefectSynthConfig().fit_settings(9, 3).steps == 2000 * 5
+    assert DefectSynthConfig(steps=7).fit_settings(9, 3).steps == 21, "of a defect"
 
 
 def test_faults_are_one_sentence(fitted, untrained, tmp_path):
