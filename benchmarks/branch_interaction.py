@@ -83,6 +83,7 @@ def in_turn(branches: BranchUNet, base: Backbone) -> BranchUNet:
         if isinstance(layer, LoraLayer):
             layer._forward_pre_hooks.clear()
             layer._forward_pre_hooks_with_kwargs.clear()
+            layer._forward_hooks.clear()
             layer.register_forward_pre_hook(route, with_kwargs=True)
     layers = {name: m for name, m in other.unet.named_modules() if isinstance(m, Attention)}
     processors = {f"{name}.processor": InTurn(route, layer.processor) for name, layer in layers.items()}

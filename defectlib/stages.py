@@ -68,6 +68,8 @@ def fit(s: Study, method: str, seed: int) -> dict[str, Any]:
             fitted.fit(shots, normals, prompts=s.prompts(), seed=seed, workdir=folder.model)
             fitted.save(folder.model)
             metrics.append({"metric": "fit_s", "value": time.perf_counter() - clock})
+            for defect, n in getattr(fitted, "left_out", {}).items():  # of methods that cannot learn from every shot
+                metrics.append({"metric": "shots_left_out", "value": float(n), "defect": defect})
     return folder.record("fit")
 
 

@@ -105,11 +105,18 @@ config.sort_values(["method", "read while"], ascending=[True, False], kind="stab
 
 # %% [markdown]
 # ## Fitting
+#
+# DualAnoDiff and the symmetry-aware system read masks off the drawn parts, whose ground is what their border shows. A shot whose
+# mask covers most of the border teaches no such part, and is left out: counted here, if there is any.
 
 # %%
 records = {(method, seed): stages.fit(s, method, seed) for method in s.methods for seed in s.seeds}
 models = {(method, seed): s.folder(s.fitted_as(method), seed).model for method, seed in records}
 described = {run: json.loads((model / "method.json").read_text()) for run, model in models.items()}
+for (method, seed), record in records.items():
+    for row in record["metrics"]:
+        if row["metric"] == "shots_left_out" and row["value"]:
+            print(f"{layout.method_title(method)}, seed {seed}: {row['value']:.0f} shots of {row['defect']} left out")
 
 # %% [markdown]
 # ## What is trained, and what stays as it is

@@ -1,6 +1,7 @@
 """Two branches in one UNet: off, they are the plain UNet to the bit; on, each part does what its equation says."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -226,11 +227,12 @@ def test_what_was_dropped_is_an_error(untrained):
     for broken in (branches.check, branches.fold, lambda: branches(noisy, STEP, text)):
         with pytest.raises(RuntimeError, match="1 attention layers lost their processor"):
             broken()
-    branches = BranchUNet(untrained.unet, 4, 0)
-    next(m for m in branches.unet.modules() if isinstance(m, LoraLayer))._forward_pre_hooks.clear()
-    for broken in (branches.check, lambda: branches(noisy, STEP, text)):
-        with pytest.raises(RuntimeError, match="projections have routed LoRA"):
-            broken()
+    for hooks in ("_forward_pre_hooks", "_forward_hooks"):
+        branches = BranchUNet(untrained.unet, 4, 0)
+        getattr(next(m for m in branches.unet.modules() if isinstance(m, LoraLayer)), hooks).clear()
+        for broken in (branches.check, functools.partial(branches, noisy, STEP, text)):
+            with pytest.raises(RuntimeError, match="projections have routed LoRA"):
+                broken()
     branches = BranchUNet(untrained.unet, 4, 0)
     branches.unet.set_adapter("part")
     with pytest.raises(RuntimeError, match="not active"):

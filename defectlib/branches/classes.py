@@ -81,12 +81,15 @@ class Scaled(nn.Module, ABC):
         """diag(s_c) W of one class, (1,) or (1, K)."""
         return self.of_rows(classes.to(self.base().device))[0][:, None] * self.base()
 
+    def scale(self) -> Tensor:
+        """S of the batch's rows, (N, out), or of all, (1, out), where no class is asked for."""
+        if self.rows.classes is None:
+            return self.shared()[None]
+        return self.of_rows(self.rows.classes.to(self.base().device))
+
     def forward(self, hidden: Tensor) -> Tensor:
         """(N, ..., in) to (N, ..., out)."""
-        left = nn.functional.linear(hidden, self.base())
-        if self.rows.classes is None:
-            return left * self.shared().to(left.dtype)
-        scale = self.of_rows(self.rows.classes.to(hidden.device))
+        left, scale = nn.functional.linear(hidden, self.base()), self.scale()
         return left * scale.to(left.dtype).view(len(scale), *[1] * (left.ndim - 2), -1)
 
 

@@ -16,23 +16,42 @@ BASE = "__base__"
 
 
 class Route:
-    """A forward pre-hook of every LoRA layer: each row takes the LoRA of its branch.
+    """Hooks of every LoRA layer: each row takes the LoRA of its branch, both branches in one batched product.
 
-    Without it peft would add up both branches' in every row.
+    Without it peft would add up both branches' in every row. Its own batch of mixed adapters gathers the rows of each
+    and scatters them back, forwards and backwards: the same numbers, at a fifth more for a whole training step.
 
     Attributes:
         base_only: True while backgrounds pass: no row takes any.
-        calls: How many projections took rows through it; a pass that misses one has summed both branches there.
+        calls: How many projections took rows through it; a pass that misses one lacks LoRA there, or sums both.
     """
 
     base_only, calls = False, 0
+    entered: nn.Module | None = None
 
     def __call__(self, layer: nn.Module, arguments: tuple, named: dict) -> tuple[tuple, dict]:
-        """Hand peft the names of the rows' adapters, the first half's "image", the second half's "part"."""
-        self.calls += 1
-        rows = len(arguments[0])
-        names = [BASE] * rows if self.base_only else [name for name in BRANCHES for _ in range(rows // 2)]
-        return arguments, named | {"adapter_names": names}
+        """Before a layer: peft is told that no row takes any."""
+        self.entered = layer
+        return arguments, named | {"adapter_names": [BASE] * len(arguments[0])}
+
+    def add(self, layer: LoraLayer, arguments: tuple, output: Tensor) -> Tensor:
+        """After it: the first half of the rows (2 N, L, C) take the LoRA "image", the second half "part"."""
+        self.calls += layer is self.entered
+        if self.base_only:
+            return output
+        hidden = arguments[0].unflatten(0, (len(BRANCHES), -1))
+        added = _each(layer.lora_B, _each(layer.lora_A, hidden))
+        return torch.add(output, added.flatten(0, 1), alpha=layer.scaling[BRANCHES[0]])
+
+
+def _each(matrices: nn.ModuleDict, hidden: Tensor) -> Tensor:
+    """(2, N, L, in) to (2, N, L, out): each branch by its own A or B, with the coefficients of its rows' classes."""
+    own = [matrices[name] for name in BRANCHES]
+    weights = torch.stack([m.base() if isinstance(m, Scaled) else m.weight for m in own])
+    product = torch.bmm(hidden.flatten(1, 2), weights.transpose(1, 2)).view(*hidden.shape[:-1], -1)
+    if not isinstance(own[0], Scaled):
+        return product
+    return product * torch.stack([m.scale() for m in own]).to(product.dtype)[:, :, None]
 
 
 class FoldedLora(nn.Module):

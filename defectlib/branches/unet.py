@@ -127,6 +127,7 @@ class BranchUNet(nn.Module):
         coefficients = torch.Generator().manual_seed(seed)
         for layer in self._loras.values():
             layer.register_forward_pre_hook(self.route, with_kwargs=True)
+            layer.register_forward_hook(self.route.add)
             for name in BRANCHES if classes and not vera else ():
                 scaled = ClassScaled(layer.lora_A[name], classes, self.rows, coefficients, blocks=blocks, start=start)
                 layer.lora_A[name] = scaled
@@ -150,7 +151,12 @@ class BranchUNet(nn.Module):
         """Raise RuntimeError where a layer lost its processor, or a projection its routed LoRA, to a helper call."""
         lost = sum(not isinstance(processor, BranchProcessor) for processor in self.processors)
         routed, wanted = [m for m in self.unet.modules() if isinstance(m, LoraLayer)], 4 * len(self.processors)
-        routed = [m for m in routed if self.route in m._forward_pre_hooks.values()]
+        hooks = [(m._forward_pre_hooks.values(), m._forward_hooks.values()) for m in routed]
+        routed = [
+            m
+            for m, (before, after) in zip(routed, hooks, strict=True)
+            if self.route in before and self.route.add in after
+        ]
         if lost or len(routed) != wanted:
             raise RuntimeError(
                 f"{lost} attention layers lost their processor, {len(routed)} of {wanted} projections have routed LoRA"

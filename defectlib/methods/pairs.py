@@ -99,6 +99,7 @@ class PairMethod:
         self.states: dict[str, State] = {}
         self.curves: dict[str, Curve] = {}
         self.areas: dict[str, tuple[float, float]] = {}
+        self.left_out: dict[str, int] = {}
         self._dual: Dual | None = None
         self._holds = ""
 
@@ -107,11 +108,16 @@ class PairMethod:
     ) -> None:
         """Train one model a group of defects; the prompts are DualAnoDiff's, so ``prompts`` changes nothing.
 
+        A shot whose mask covers most of the image's border is left out, because no mask can be read off its part;
+        ``left_out`` counts them by defect.
+
         Raises:
-            ValueError: There is no shot, a shot's mask covers the whole image or most of its border, or compensation
-                is asked for where no shot of a defect, or not every normal, has a background.
+            ValueError: There is no shot, all shots of a defect would be left out, a shot's mask covers the whole image,
+                or compensation is asked for where no shot of a defect, or not every normal, has a background.
         """
         by_defect = self._readable(shots, normals)
+        read = {id(shot) for own in by_defect.values() for shot in own}
+        shots = [shot for shot in shots if id(shot) in read]
         self.states, self.curves = {}, {}
         self._dual, self._holds = None, ""
         self.areas = {defect: area_range(own) for defect, own in by_defect.items()}
@@ -128,16 +134,19 @@ class PairMethod:
                 f"the mask of shot {full[0].defect}/{full[0].id} covers the whole image: its part would be the image; "
                 "remove the pair or correct the mask"
             )
-        unread = [shot for shot in shots if extract(shot.image * shot.mask, self.config.floor).by == "border"]
-        if unread:
-            raise ValueError(
-                f"the mask of shot {unread[0].defect}/{unread[0].id} covers most of the image's border: no mask can be "
-                "read off such a part; remove the pair or cut a larger window"
-            )
         self.backbone.latent_shape(shots[0].image.shape[-1])
         by_defect: dict[str, list[Shot]] = {}
         for shot in shots:
             by_defect.setdefault(self.name_of(shot), []).append(shot)
+        self.left_out = {}
+        for defect, own in by_defect.items():
+            read = [shot for shot in own if extract(shot.image * shot.mask, self.config.floor).by != "border"]
+            if not read:
+                raise ValueError(
+                    f"the mask of shot {own[0].defect}/{own[0].id} covers most of the image's border, as do those of "
+                    f"all {len(own)} shots of {defect}: no mask can be read off such parts; cut a larger window"
+                )
+            by_defect[defect], self.left_out[defect] = read, len(own) - len(read)
         for defect, own in by_defect.items() if self.config.compensation else ():
             if all(foreground(shot.image).all() for shot in own):
                 raise ValueError(

@@ -229,8 +229,12 @@ def test_bad_input_is_one_sentence(untrained, fit, tmp_path):
         method.fit([*SHOTS, full], [], prompts={}, seed=0, workdir=tmp_path)
     ring = torch.ones(1, 64, 64, dtype=torch.bool)
     ring[0, 8:56, 8:56] = False
-    with pytest.raises(ValueError, match="hole/008 covers most of the image's border"):
-        method.fit([Shot(SHOTS[0].image, ring, "plate", "hole", "008")], [], prompts={}, seed=0, workdir=tmp_path)
+    unread = Shot(SHOTS[0].image, ring, "plate", "hole", "008")
+    with pytest.raises(ValueError, match="hole/008 covers most of the image's border, as do those of all 2 shots"):
+        method.fit([unread, unread], [], prompts={}, seed=0, workdir=tmp_path)
+    method.fit([*SHOTS, unread], [], prompts={}, seed=0, workdir=tmp_path)
+    assert method.left_out == {"hole": 1}
+    assert all(torch.equal(method.states["hole"][n], v) for n, v in fit().states["hole"].items()), "as without it"
     noise = torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(0))
     surface = Shot(noise, SHOTS[0].mask, "brick", "hole", "0")
     with pytest.raises(ValueError, match="in the shots of brick/hole the surface fills the frame"):
