@@ -49,7 +49,7 @@ def downstream(s: Study, method: str, seed: int) -> dict[str, Any]:
     if (record := folder.complete("downstream", key)) is not None:
         return record
     with runs.stage(folder, "downstream", key, s.identity(method, seed), values, {"source": source[0]}) as metrics:
-        shots, held_out = s.shots(seed), s.held_out(seed)
+        shots, held_out = s.learned(method, seed), s.held_out(seed)
         drawn = [] if method == SHOTS_ONLY else sampling.load(folder.path)
         items = shots if method == SHOTS_ONLY else drawn
         if reason := why_withheld(s, items, held_out, s.settings.downstream.selection):

@@ -19,7 +19,7 @@ from typing import Any
 from defectlib import downstream as models
 from defectlib import evaluation, paths, runs, sampling
 from defectlib.params import TrainSettings
-from defectlib.study import SHOTS_ONLY, Study
+from defectlib.study import SHOTS_ONLY, Study, first
 from defectlib.types import Sample, Shot
 
 METRICS = {"localisation": "pixel_ap", "classification": "accuracy"}
@@ -94,7 +94,7 @@ def _trained_point(s: Study, method: str, seed: int, task: str, axis: str, n: in
     """Train for a point and test it; without a value, and with the reason, where its items cannot be learned from."""
     shots, held_out, drawn = s.shots(seed), s.held_out(seed), []
     if axis == "shots":
-        shots = _first(shots, n)
+        shots = first(shots, dict.fromkeys(s.defects, n))
         drawn = [] if method == SHOTS_ONLY else _drawn_from(s, method, shots, seed)
     elif n:
         drawn = sampling.load(s.folder(method, seed).path, limit=n)
@@ -107,17 +107,6 @@ def _trained_point(s: Study, method: str, seed: int, task: str, axis: str, n: in
     test = [item for item in held_out if item[2] != "good"]
     model, told = evaluation.train_classifier(s, shots, drawn, test, settings, seed)
     return _row(task, axis, n, evaluation.accuracy(s, model, test), told | {"n_real": len(test)})
-
-
-def _first(shots: Sequence[Shot], n: int) -> list[Shot]:
-    """The first ``n`` shots of each defect, in the order of the split."""
-    seen: Counter[str] = Counter()
-    few = []
-    for shot in shots:
-        seen[shot.defect] += 1
-        if seen[shot.defect] <= n:
-            few.append(shot)
-    return few
 
 
 def _drawn_from(s: Study, method: str, shots: Sequence[Shot], seed: int) -> list[Sample]:

@@ -133,13 +133,20 @@ class Keep(Strict):
     by: Literal["nearest_shot", "mask_seen"]
 
 
+class FewerShots(Strict):
+    """What a variant learns from: the first ``most`` shots of every defect, or so few of the first defect alone."""
+
+    most: int = Field(ge=1)
+    of: Literal["every", "first"] = "every"
+
+
 class Variant(Strict):
     """A row of an ablation: a method with some fields changed, or with another source of masks, or filtered.
 
     ``released`` starts from the values of the code that the paper's authors released. A variant has a fit of its own
     only where a field is changed that the fit reads. ``only = "objects"`` leaves it out where the surface fills the
-    frame, as DualAnoDiff's background compensation asks. ``keep`` draws nothing: it keeps the better ones of the
-    samples that the method itself drew.
+    frame, as DualAnoDiff's background compensation asks. ``shots`` fits on fewer of them: few of each defect, or
+    unequal numbers. ``keep`` draws nothing: it keeps the better ones of the samples that the method itself drew.
     """
 
     of: str
@@ -147,11 +154,12 @@ class Variant(Strict):
     config: dict[str, Any] = {}
     mask_source: MaskSourceName | None = None
     only: Literal["objects"] | None = None
+    shots: FewerShots | None = None
     keep: Keep | None = None
 
     @model_validator(mode="after")
     def _of_the_method_itself(self) -> Variant:
-        if self.keep and (self.released or self.config or self.mask_source):
+        if self.keep and (self.released or self.config or self.mask_source or self.shots):
             raise ValueError("keep filters what the method drew: a variant with it changes nothing else")
         return self
 

@@ -52,6 +52,8 @@ def fit(s: Study, method: str, seed: int) -> dict[str, Any]:
     s = covered[0]
     config, kind = s.config(method), s.method_of(method)
     values = {"method": kind.name, "config": config.fit_values(), "seed": seed}
+    if few := s.fewer(method):
+        values["shots"] = few.model_dump()
     if kind.needs_backbone:
         values |= {"prompts": s.prompts(), "backbone": {s.settings.backbone: backbone.digest(s.settings.backbone)}}
     folder, key = s.folder(method, seed), runs.stage_key(values, [one.data_key(seed) for one in covered])
@@ -63,7 +65,7 @@ def fit(s: Study, method: str, seed: int) -> dict[str, Any]:
             clock = time.perf_counter()
             shots, normals = (
                 [item for one in covered for item in read(one)]
-                for read in (lambda one: one.shots(seed), lambda one: one.normals(seed))
+                for read in (lambda one: one.learned(method, seed), lambda one: one.normals(seed))
             )
             fitted.fit(shots, normals, prompts=s.prompts(), seed=seed, workdir=folder.model)
             fitted.save(folder.model)
@@ -109,7 +111,7 @@ def sample(s: Study, method: str, seed: int) -> dict[str, Any]:
         for defect in s.defects:
             try:
                 requests += sampling.plan(
-                    [shot for shot in shots if shot.defect == defect], s.normals(seed),
+                    [shot for shot in s.learned(method, seed) if shot.defect == defect], s.normals(seed),
                     s.n_per_defect(method), source, seed, s.prompts(), s.all_defects, s.settings.sample.group_size,
                     fitted.one_normal_a_group,
                 )  # fmt: skip

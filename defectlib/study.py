@@ -6,7 +6,8 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
@@ -26,7 +27,7 @@ from defectlib.masks.sources import MaskSource
 from defectlib.methods import base
 from defectlib.methods.base import Method, MethodConfig
 from defectlib.metrics import files
-from defectlib.params import Keep, Parameters, Profile
+from defectlib.params import FewerShots, Keep, Parameters, Profile
 from defectlib.runs import RunFolder
 from defectlib.types import Shot
 
@@ -57,6 +58,18 @@ class Study:
         rows = splits.rows(self.manifest(seed), self.category, "shot", self.defects)
         self._know(rows, [shot.image for shot in found])
         return found
+
+    def fewer(self, name: str) -> FewerShots | None:
+        """The shots that a variant is limited to, where it is."""
+        variant = self.settings.variants.get(name)
+        return variant.shots if variant else None
+
+    def learned(self, name: str, seed: int = 0) -> list[Shot]:
+        """The shots that a method or a variant learns from."""
+        shots, few = self.shots(seed), self.fewer(name)
+        if few is None:
+            return shots
+        return first(shots, dict.fromkeys(self.defects if few.of == "every" else self.defects[:1], few.most))
 
     def normals(self, seed: int = 0) -> list[Tensor]:
         """Defect-free images to draw on and to train with."""
@@ -128,9 +141,9 @@ class Study:
     def fitted_as(self, name: str) -> str:
         """The method whose fit a method or a variant draws with."""
         variant = self.settings.variants.get(name)
-        return (
-            variant.of if variant and self.config(name).fit_values() == self.config(variant.of).fit_values() else name
-        )
+        if variant is None or variant.shots or self.config(name).fit_values() != self.config(variant.of).fit_values():
+            return name
+        return variant.of
 
     def n_per_defect(self, name: str) -> int:
         """How many pairs of each defect are drawn by a method or a variant, or kept by a filter."""
@@ -223,6 +236,17 @@ class Study:
         )
 
 
+def first(shots: Sequence[Shot], most: Mapping[str, int]) -> list[Shot]:
+    """The first shots of each defect in the order given, as many as asked for; all of a defect that is not named."""
+    seen: Counter[str] = Counter()
+    few = []
+    for shot in shots:
+        seen[shot.defect] += 1
+        if seen[shot.defect] <= most.get(shot.defect, len(shots)):
+            few.append(shot)
+    return few
+
+
 def _config(settings: Profile, name: str) -> MethodConfig:
     variant = settings.variants.get(name)
     if variant is None:
@@ -301,11 +325,12 @@ def _check(s: Study, rows: pd.DataFrame) -> None:
         raise ValueError(f"{s.category} has no normal image to draw on: put at least one into train/good")
     shots = rows.loc[rows["side"] == "shot", "defect"].value_counts()
     single = [defect for defect in s.defects if shots[defect] == 1]
-    for name in [*s.methods, *s.variants] if single else []:
-        source = s.mask_source_name(name)
-        if source.startswith("hmi") and not s.method_of(name).makes_masks:
+    for name in [*s.methods, *s.variants]:
+        source, few = s.mask_source_name(name), s.fewer(name)
+        alone = list(s.defects[:1]) if few and few.most == 1 else single
+        if alone and source.startswith("hmi") and not s.method_of(name).makes_masks:
             raise ValueError(
-                f"{s.category}/{single[0]} has one shot, and the mask source '{source}' of {name} interpolates between "
+                f"{s.category}/{alone[0]} has one shot, and the mask source '{source}' of {name} interpolates between "
                 "two: add a second image with its mask, ask for other `defects`, or leave the method out of `methods`"
             )
 

@@ -69,7 +69,7 @@ for name in s.variants:
     v = s.settings.variants[name]
     changed = s.config(name).model_dump().items() - s.config(v.of).model_dump().items()
     masks = {} if s.method_of(name).makes_masks else {"masks": s.mask_source_name(name)}
-    kept = {"keep": v.keep.model_dump()} if v.keep else {}
+    kept = {part: getattr(v, part).model_dump() for part in ("shots", "keep") if getattr(v, part)}
     told = dict(sorted(changed)) | (masks if v.mask_source else {}) | kept
     rows.append([layout.method_title(v.of), name, json.dumps(told)])
 pd.DataFrame(rows, columns=["method", "variant", "what is changed"]).set_index(["method", "variant"])
@@ -112,6 +112,23 @@ for name in names:
                   f"mean {told['mean_of_all']:.2f} of all, {told['mean_of_kept']:.2f} of those kept")  # fmt: skip
         if why := row.get("protocol", {}).get("why_withheld"):
             print(f"{layout.method_title(name)}, {row['defect']}: {why}")
+
+# %% [markdown]
+# ## Few shots, and unequal ones
+#
+# Variants that learn from fewer shots, beside their method on all: two of each defect, or two of the first defect beside all of
+# the others. What a model of all defects has learned of one may help another. By defect, means over the seeds with the sd:
+# `mask_seen` and, where it is asked, `class_seen`, as above.
+
+# %%
+few = {name: s.fewer(name) for name in names if s.fewer(name)}
+beside = [name for name in names if name in few or name in {s.settings.variants[v].of for v in few}]
+if few:
+    told = asked[asked["method"].isin(beside) & asked["metric"].isin([stages.SEEN, stages.CLASS_SEEN])]
+    cells = told.groupby(["metric", "defect", "method"], sort=False)["value"].agg(["mean", "std"]).unstack()
+    display(cells.swaplevel(axis=1)[beside].rename(columns=layout.method_title).round(2))
+else:
+    print("No variant here learns from fewer shots.")
 
 # %% [markdown]
 # ## The same requests, drawn by each

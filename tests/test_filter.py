@@ -61,6 +61,8 @@ def test_a_filter_changes_nothing_else():
     keep = {"share": 0.5, "by": "mask_seen"}
     with pytest.raises(ValueError, match="a variant with it changes nothing else"):
         params.Variant(of="crop_paste", keep=keep, mask_source="perlin")
+    with pytest.raises(ValueError, match="changes nothing else"):
+        params.Variant(of="crop_paste", keep=keep, shots={"most": 2})
     for share in (0.0, 1.0):
         with pytest.raises(ValueError, match="share"):
             params.Keep(share=share, by="mask_seen")

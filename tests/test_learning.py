@@ -39,9 +39,9 @@ def test_points_are_nested_equally_long_and_end_at_the_downstream_scores(s, monk
 
 
 def test_over_shots_the_method_is_fitted_on_the_first_of_each_defect(s):
-    few = learning._first(s.shots(0), 1)
+    few = learning.first(s.shots(0), dict.fromkeys(s.defects, 1))
     assert [shot.defect for shot in few] == list(s.defects) and few[0].id == s.shots(0)[0].id
-    assert len(learning._first(s.shots(0), 9)) == len(s.shots(0))
+    assert len(learning.first(s.shots(0), {})) == len(s.shots(0))
     whole = learning._drawn_from(s, "crop_paste", s.shots(0), 0)
     evaluation.sample(s, "crop_paste", 0)
     kept = sampling.load(s.folder("crop_paste", 0).path)

@@ -105,8 +105,9 @@ def test_a_profile_may_hold_more_methods_than_it_runs():
         params.Profile(**values | {"run": ["symetry"]})
 
 
-def test_the_symmetry_profile_differs_from_demo_in_its_methods_alone():
-    ours, demo = params.load_profile("symmetry"), params.load_profile("demo")
+@pytest.mark.parametrize("name", ["symmetry", "multiclass"])
+def test_the_profiles_of_one_model_for_all_differ_from_demo_in_their_methods_alone(name):
+    ours, demo = params.load_profile(name), params.load_profile("demo")
     assert ours.quality.class_seen and not demo.quality.class_seen, "asked where one model draws several defects"
     same = {
         "quality": demo.quality.model_copy(update={"class_seen": True}),

@@ -32,6 +32,34 @@ def test_every_part_of_the_symmetry_aware_system_is_fitted_anew_and_drawing_is_n
     assert s.fitted_as("symmetry_aware_quick") == "symmetry_aware"
 
 
+def test_a_variant_learns_from_fewer_shots(tiny_parameters):
+    s = study.open_category(tiny_parameters)
+    few = {
+        "crop_paste_one": params.Variant(of="crop_paste", shots=params.FewerShots(most=1)),
+        "crop_paste_unequal": params.Variant(of="crop_paste", shots=params.FewerShots(most=1, of="first")),
+    }
+    s = dataclasses.replace(s, settings=s.settings.model_copy(update={"variants": few}), variants=tuple(few))
+    every = [(shot.defect, shot.id) for shot in s.shots(0)]
+    one, unequal = ([(shot.defect, shot.id) for shot in s.learned(name, 0)] for name in few)
+    firsts = [next(item for item in every if item[0] == defect) for defect in s.defects]
+    assert one == firsts and len(every) > len(unequal) > len(one)
+    assert unequal == [firsts[0], *(item for item in every if item[0] != s.defects[0])]
+    assert [s.fitted_as(name) for name in few] == list(few), "each is fitted by itself"
+    assert len(s.learned("crop_paste", 0)) == len(every)
+    keys = {name: stages.sample(s, name, 0)["key"] for name in ["crop_paste", *few]}
+    assert len(set(keys.values())) == 3
+    assert [len(s.load(name, 0).shots) for name in few] == [len(one), len(unequal)], "and no others"
+
+
+def test_hmi_needs_two_shots_of_a_variant_too(tiny_parameters, monkeypatch):
+    settings = params.load_profile("smoke")
+    lone = params.Variant(of="defectsynth", shots=params.FewerShots(most=1))
+    changed = settings.model_copy(update={"variants": {"defectsynth_one_shot": lone}})
+    monkeypatch.setattr(params.Parameters, "settings", lambda self: changed)
+    with pytest.raises(ValueError, match="has one shot, and the mask source 'hmi.*' of defectsynth_one_shot"):
+        study.open_category(tiny_parameters.model_copy(update={"methods": ["defectsynth"]}))
+
+
 def test_weights_are_asked_for_before_any_work(tiny_parameters, tmp_path, monkeypatch):
     study.require_weights(tiny_parameters)
     monkeypatch.setattr(paths, "WEIGHTS", tmp_path)

@@ -29,6 +29,9 @@ METHOD_TITLES = {name: title for title, name in published.METHODS.items()} | {
     "symmetry_aware_no_gates": "Symmetry-aware w/o TDAM", "symmetry_aware_cosine": "Symmetry-aware, cosine gates",
     "symmetry_aware_prior": "Symmetry-aware, gates from the prior",
     "symmetry_aware_all_categories": "Symmetry-aware, one model for all categories",
+    "dualanodiff_two_shots": "DualAnoDiff, two shots of each", "dualanodiff_unequal": "DualAnoDiff, two shots of one",
+    "symmetry_aware_two_shots": "Symmetry-aware, two shots of each",
+    "symmetry_aware_unequal": "Symmetry-aware, two shots of one",
     "symmetry_aware_no_guidance": "Symmetry-aware w/o SGRL", "symmetry_aware_compensated": "Symmetry-aware with BCM",
     "defectsynth_filtered": "DefectSynth, filtered", "crop_paste_filtered": "Crop-Paste, filtered",
 }  # fmt: skip
