@@ -43,7 +43,7 @@ def test_profile_comes_from_the_environment(monkeypatch):
 
 
 def test_unknown_profile_lists_the_known():
-    with pytest.raises(ValueError, match="no profile 'demp'.*demo, paper, smoke"):
+    with pytest.raises(ValueError, match="no profile 'demp'.*demo, multiclass, paper, smoke"):
         params.load_profile("demp")
 
 

@@ -1,11 +1,11 @@
 """How a table is laid out for a reader: what was reproduced first, then the papers' tables as they print them.
 
-One layout (:func:`blocks`) serves Markdown, LaTeX and the page.
+One layout (:func:`blocks`) serves Markdown and LaTeX (``formats``), notebooks and the page.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import floor, log10
 
 import pandas as pd
@@ -55,17 +55,10 @@ EXTRACTORS = {"tiny": "tiny", "inception": "Inception", "alex": "AlexNet", "vgg"
 WHY, CLAIM, DEVICE = "Why not ", "Claim", "Device"
 # Columns of the claims whose cells may break into lines: a long text or a few words.
 TEXTS = {CLAIM: "text", "Who": "words", "Against": "words", WHY + "decided": "words"}
-# LaTeX: a column specification of as many letters, widths included, is wider than a page.
-WIDE = 18
 ARROWS = {True: " ↑", False: " ↓", None: ""}
 DIGITS = {
     "kid": 1, "is": 2, "lpips": 3, "ic-lpips": 3, "precision": 2, "recall": 2, "density": 2, "coverage": 2,
     "shot-distance": 2, "mask_iou": 2, "mask_seen": 2, "class_seen": 2,
-}  # fmt: skip
-LATEX = {
-    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
-    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "×": r"$\times$", "³": r"$^3$",
-    "↑": r"$\uparrow$", "↓": r"$\downarrow$", "Δ": r"$\Delta$", "<": "$<$", ">": "$>$",
 }  # fmt: skip
 
 
@@ -324,67 +317,3 @@ def _pivot(title: str, rows: pd.DataFrame, index: str, columns: str) -> Block:
     wide.columns = [titles[columns](name) for name in wide.columns]
     wide.insert(0, index.capitalize(), [titles[index](name) for name in wide.index])
     return Block(title, wide.reset_index(drop=True), 1, False)
-
-
-def markdown(table: pd.DataFrame) -> str:
-    """The whole table as GitHub Markdown."""
-
-    def line(cells: list[str]) -> str:
-        return "| " + " | ".join(_markdown_text(cell) for cell in cells) + " |"
-
-    parts = [f"**{_markdown_text(table.attrs['caption'])}**", _markdown_text(table.attrs["note"])]
-    for block in blocks(table):
-        names = list(block.cells.columns)
-        numeric = [i >= block.labels and not name.startswith(WHY) for i, name in enumerate(names)]
-        rule = "| " + " | ".join("---:" if right else "---" for right in numeric) + " |"
-        rows = [line(list(row)) for row in labelled_once(block).itertuples(index=False, name=None)]
-        parts += [f"**{_markdown_text(block.title)}**", "\n".join([line(names), rule, *rows])]
-        if block.reproduced and legend(table):
-            parts.append("\n".join(f"* `{code}`: {words}" for code, words in legend(table).items()))
-    return "\n\n".join(part for part in parts if part) + "\n"
-
-
-def _markdown_text(text: str) -> str:
-    for mark, safe in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ("|", "\\|"), ("\n", " ")):
-        text = text.replace(mark, safe)
-    return text
-
-
-def latex(table: pd.DataFrame) -> str:
-    """The whole table as booktabs floats, one a block; what is wider than a page is scaled to it, by graphicx."""
-    floats = [f"% {table.attrs['name']}: needs \\usepackage{{booktabs,graphicx}}; UTF-8"]
-    pieces = [piece for block in blocks(table) for piece in _pages(block)]
-    for i, block in enumerate(pieces):
-        cells = labelled_once(block).map(latex_text)
-        cells.columns = [latex_text(name) for name in block.cells.columns]
-        columns = "".join(
-            r"p{48mm}" if name == CLAIM or name.startswith(WHY) else "l" if j < block.labels else "r"
-            for j, name in enumerate(block.cells.columns)
-        )
-        body = cells.style.hide(axis="index").to_latex(hrules=True, column_format=columns)
-        if len(columns) >= WIDE:
-            body = rf"\resizebox{{\textwidth}}{{!}}{{%{chr(10)}{body.strip()}}}"
-        words = "; ".join(f"{code}: {text}" for code, text in legend(table).items()) if block.reproduced else ""
-        head = table.attrs["caption"] if block.reproduced or i == 0 else table.attrs["title"]
-        caption = [head, block.title + ".", table.attrs["note"] if i == 0 else ""]
-        floats.append("\n".join([
-            r"\begin{table}[p]", r"\centering\scriptsize\setlength{\tabcolsep}{3pt}",
-            rf"\caption{{{latex_text(' '.join(part for part in caption if part))}}}",
-            rf"\label{{tab:{table.attrs['name'].replace('_', '-')}-{i + 1}}}", body.strip(),
-            *([rf"\par\smallskip {latex_text(words)}"] if words else []), r"\end{table}",
-        ]))  # fmt: skip
-    return "\n\n".join(floats) + "\n"
-
-
-def _pages(block: Block, rows: int = 36) -> list[Block]:
-    """A long block in pieces that fit a page each."""
-    parts = [block.cells.iloc[start : start + rows] for start in range(0, len(block.cells), rows)]
-    if len(parts) < 2:
-        return [block]
-    titles = [f"{block.title}, part {i + 1} of {len(parts)}" for i in range(len(parts))]
-    return [replace(block, title=title, cells=cells) for title, cells in zip(titles, parts)]
-
-
-def latex_text(text: str) -> str:
-    """Plain text with LaTeX's special characters escaped and the signs used here as mathematics."""
-    return "".join(LATEX.get(letter, letter) for letter in text)

@@ -15,7 +15,7 @@ import pandas as pd
 from defectlib import paths, published
 from defectlib.metrics import regions
 from defectlib.published import AVERAGE
-from defectlib.report import layout
+from defectlib.report import formats
 from defectlib.report.specs import CLASSIFICATION, LOCALISATION, ORACLE, ORACLE_NOTE, SPECS, Spec, explain
 
 NAMES = tuple(published.FILES)
@@ -73,8 +73,8 @@ def write(table: pd.DataFrame, folder: Path | str, stem: str) -> list[Path]:
     """Write ``<stem>.csv`` (complete), ``<stem>.md`` and ``<stem>.tex`` (booktabs), by atomic rename; byte-stable."""
     texts = {
         "csv": table.to_csv(index=False, float_format="%.10g", lineterminator="\n"),
-        "md": layout.markdown(table),
-        "tex": layout.latex(table),
+        "md": formats.markdown(table),
+        "tex": formats.latex(table),
     }
     written = []
     for suffix, text in texts.items():

@@ -3,7 +3,7 @@ import json
 import pandas as pd
 import pytest
 
-from defectlib.report import costs, layout, page
+from defectlib.report import costs, formats, layout, page
 
 
 def results(rows):
@@ -56,8 +56,8 @@ def test_a_row_a_method_with_its_stages_beside_each_other(table):
 
 
 def test_in_all_formats_and_on_the_page(table, tmp_path):
-    assert "| DefectSynth | 3.0 | 0.5 |" in layout.markdown(table)
-    assert layout.latex(table).count(r"\begin{table}") == 2
+    assert "| DefectSynth | 3.0 | 0.5 |" in formats.markdown(table)
+    assert formats.latex(table).count(r"\begin{table}") == 2
     empty = pd.DataFrame(columns=["value"])
     text = page.write_page(tmp_path, {}, empty, {}, costs=table).read_text()
     assert '<h3 id="costs">Costs</h3>' in text and 'href="#costs"' in text and "<td>DefectSynth</td>" in text

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from defectlib import published
-from defectlib.report import claims, costs, layout, tables
+from defectlib.report import claims, costs, formats, layout, tables
 from defectlib.report.specs import ORACLE, REASONS, SPECS, codes
 
 BASE = {
@@ -145,9 +145,9 @@ def test_what_choosing_on_the_test_set_adds_stands_beside_and_nowhere_else():
     found = one(table, dataset="mini", metric="pixel_ap")
     assert (found["reproduced"], found["test_oracle"]) == (pytest.approx(50), pytest.approx(65))
     assert "chosen_checkpoint" not in why(found)
-    assert "test_oracle" not in tables.build(results, "table_2") and "| 65.0 |" in layout.markdown(table)
+    assert "test_oracle" not in tables.build(results, "table_2") and "| 65.0 |" in formats.markdown(table)
     alone = tables.build(frame(row), "table_9")
-    assert alone["test_oracle"].isna().all() and "Best on test" not in layout.markdown(alone)
+    assert alone["test_oracle"].isna().all() and "Best on test" not in formats.markdown(alone)
 
 
 def test_dirty_is_marked():
@@ -299,7 +299,7 @@ def test_written_files(tmp_path):
 
 def test_a_row_does_not_repeat_the_labels_above_it():
     rows = [{"category": c, "metric": m} for c in ("nut", "gear") for m in ("tiny-kid", "tiny-is")]
-    text = layout.markdown(tables.build(frame(*rows), "table_2"))
+    text = formats.markdown(tables.build(frame(*rows), "table_2"))
     labels = [line.split("|")[1:3] for line in text.splitlines() if "(tiny)" in line]
     assert [[cell.strip() for cell in row] for row in labels] == [
         ["gear", "Crop-Paste"], ["", ""], ["nut", "Crop-Paste"], ["", ""], ["average", "Crop-Paste"], ["", ""]
@@ -322,7 +322,7 @@ def test_published_tables_stand_as_the_paper_prints_them():
 
 def test_long_blocks_break_into_pages(tmp_path):
     rows = [{"category": f"c{i:02d}", "metric": "accuracy", "defect": ""} for i in range(40)]
-    latex = layout.latex(tables.build(frame(*rows), "table_8"))
+    latex = formats.latex(tables.build(frame(*rows), "table_8"))
     assert "part 1 of 2" in latex and "part 2 of 2" in latex
 
 
