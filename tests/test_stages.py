@@ -26,7 +26,9 @@ def test_stages_make_what_they_lack_once(tiny_parameters):
 
 def test_variants_draw_with_the_fit_of_their_method(tiny_parameters, monkeypatch):
     s = study.open_category(tiny_parameters.model_copy(update={"methods": ["crop_paste"]}))
-    assert set(s.variants) == {f"crop_paste_{name}" for name in ("no_turns", "anywhere", "feather", "filtered")}
+    assert set(s.variants) == {
+        f"crop_paste_{name}" for name in ("no_turns", "anywhere", "feather", "two_shots", "filtered")
+    }
     stages.sample(s, "crop_paste", 0)
     record = stages.sample(s, "crop_paste_feather", 0)
     assert record["inputs"]["fit"] == s.folder("crop_paste", 0).record("fit")["key"]

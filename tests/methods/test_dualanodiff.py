@@ -222,6 +222,16 @@ def test_a_fit_that_was_killed_keeps_the_defects_it_had_ended(untrained, tmp_pat
     assert not (tmp_path / "ended").exists()
 
 
+def test_a_shot_that_no_mask_can_be_read_off_is_left_out_and_counted(untrained, fitted, tmp_path):
+    framed = torch.ones(1, 64, 64, dtype=torch.bool)
+    framed[0, 8:56, 8:56] = False
+    method = DualAnoDiff(DualAnoDiffConfig(**QUICK), untrained)
+    unread = Shot(SHOTS[0].image, framed, "plate", "hole", "008")
+    method.fit([unread, *SHOTS], [], prompts={}, seed=0, workdir=tmp_path)
+    assert method.left_out == {"hole": 1} and fitted.left_out == {"hole": 0}
+    assert all(torch.equal(method.states["hole"][n], v) for n, v in fitted.states["hole"].items()), "as without it"
+
+
 def test_bad_input_is_one_sentence(untrained, fit, tmp_path):
     method = DualAnoDiff(DualAnoDiffConfig(**QUICK), untrained)
     full = Shot(SHOTS[0].image, torch.ones_like(SHOTS[0].mask), "plate", "hole", "007")
@@ -232,9 +242,6 @@ def test_bad_input_is_one_sentence(untrained, fit, tmp_path):
     unread = Shot(SHOTS[0].image, ring, "plate", "hole", "008")
     with pytest.raises(ValueError, match="hole/008 covers most of the image's border, as do those of all 2 shots"):
         method.fit([unread, unread], [], prompts={}, seed=0, workdir=tmp_path)
-    method.fit([*SHOTS, unread], [], prompts={}, seed=0, workdir=tmp_path)
-    assert method.left_out == {"hole": 1}
-    assert all(torch.equal(method.states["hole"][n], v) for n, v in fit().states["hole"].items()), "as without it"
     noise = torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(0))
     surface = Shot(noise, SHOTS[0].mask, "brick", "hole", "0")
     with pytest.raises(ValueError, match="in the shots of brick/hole the surface fills the frame"):
