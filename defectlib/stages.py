@@ -104,14 +104,14 @@ def sample(s: Study, method: str, seed: int) -> dict[str, Any]:
     if (record := folder.complete("sample", key)) is not None:
         return record
     with runs.stage(folder, "sample", key, s.identity(method, seed), values, {"fit": upstream["key"]}) as metrics:
-        fitted, shots = s.load(method, seed), s.shots(seed)
+        fitted, shots, learned = s.load(method, seed), s.shots(seed), s.learned(method, seed)
         refused: Counter[str] = Counter()
         source = None if fitted.makes_masks else functools.partial(s.mask_source(method), refused=refused)
         requests = []
         for defect in s.defects:
             try:
                 requests += sampling.plan(
-                    [shot for shot in s.learned(method, seed) if shot.defect == defect], s.normals(seed),
+                    [shot for shot in learned if shot.defect == defect], s.normals(seed),
                     s.n_per_defect(method), source, seed, s.prompts(), s.all_defects, s.settings.sample.group_size,
                     fitted.one_normal_a_group,
                 )  # fmt: skip
@@ -135,7 +135,9 @@ def sample(s: Study, method: str, seed: int) -> dict[str, Any]:
                 )
             if "drawing" in rows:
                 drawn = [sampling.read_pair(folder.path, own)[1] for own in rows["seed"]]
-                metrics.append({"metric": "masks_copied", "value": float(sum(copied(m, real) for m in drawn)), **share})
+                known = [shot.mask for shot in learned if shot.defect == defect]
+                n_copied = float(sum(copied(m, known) for m in drawn))
+                metrics.append({"metric": "masks_copied", "value": n_copied, **share})
                 flaws = Counter(why for text in rows["redrawn_for"] for why in text.split("; ") if why)
                 kept = Counter(why for why in rows["flaw"] if why)
                 told = {"n_generated": len(rows), "reasons": dict(flaws), "kept_with": dict(kept)}
@@ -229,7 +231,7 @@ def quality(s: Study, method: str, seed: int) -> dict[str, Any]:
     if (record := folder.complete("quality", key)) is not None:
         return record
     with runs.stage(folder, "quality", key, s.identity(method, seed), values, {"sample": upstream["key"]}) as metrics:
-        shots, held_out = s.shots(seed), s.held_out(seed)
+        shots, learned, held_out = s.shots(seed), s.learned(method, seed), s.held_out(seed)
         for defect in s.defects:
             real = [shot for shot in shots if shot.defect == defect]
             drawn = sampling.load(folder.path, defect)
@@ -242,7 +244,7 @@ def quality(s: Study, method: str, seed: int) -> dict[str, Any]:
             pictures, masks = sampling.stack(drawn)
             refs = [shot.image for shot in real]
             rows = quality_metrics.evaluate(list(pictures), s.real(defect, seed), refs, **s.quality_arguments())
-            rows.append(_shot_distance(s, drawn, real))
+            rows.append(_shot_distance(s, drawn, [shot for shot in learned if shot.defect == defect]))
             rows.append({"metric": SEEN, **_mask_seen(s, seed, defect, held_out, pictures, masks)})
             if asks_class:
                 rows.append({"metric": CLASS_SEEN, **_class_seen(s, seed, defect, held_out, pictures)})

@@ -118,7 +118,7 @@ for name in names:
 #
 # Variants that learn from fewer shots, beside their method on all: two of each defect, or two of the first defect beside all of
 # the others. What a model of all defects has learned of one may help another. By defect, means over the seeds with the sd:
-# `mask_seen` and, where it is asked, `class_seen`, as above.
+# `mask_seen` and, where it is asked, `class_seen`, as above. They are not trained on in notebook 9.
 
 # %%
 few = {name: s.fewer(name) for name in names if s.fewer(name)}

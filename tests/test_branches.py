@@ -94,6 +94,19 @@ def test_a_branch_is_the_unet_with_its_lora_merged(untrained):
             assert (alone - untrained.unet(noisy[own], STEP, text[own]).sample).abs().max() > 1e-2
 
 
+def test_a_projection_adds_what_pefts_own_batch_of_mixed_adapters_adds(untrained):
+    for classes in (0, 3):
+        branches = disturbed(BranchUNet(untrained.unet, 4, 0, classes=classes))
+        layer = next(m for m in branches.unet.modules() if isinstance(m, LoraLayer))
+        hidden = normal(4, 7, layer.in_features)
+        of = torch.tensor([2, 0]) if classes else None
+        with torch.no_grad(), branches.rows.of(of):
+            ours = layer(hidden)
+            layer._forward_pre_hooks.clear(), layer._forward_pre_hooks_with_kwargs.clear(), layer._forward_hooks.clear()
+            assert torch.allclose(ours, layer(hidden, adapter_names=["image"] * 2 + ["part"] * 2), atol=1e-6)
+            assert (ours - layer.get_base_layer()(hidden)).abs().max() > 1e-3, "which is not nothing"
+
+
 def test_interaction_couples_the_branches_of_a_pair_alone(untrained):
     noisy, text = rows(untrained)
     branches = disturbed(BranchUNet(untrained.unet, 4, 0))

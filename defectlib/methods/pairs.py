@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -116,6 +117,7 @@ class PairMethod:
                 or compensation is asked for where no shot of a defect, or not every normal, has a background.
         """
         by_defect = self._readable(shots, normals)
+        self.left_out = left_out(map(self.name_of, shots), by_defect)
         read = {id(shot) for own in by_defect.values() for shot in own}
         shots = [shot for shot in shots if id(shot) in read]
         self.states, self.curves = {}, {}
@@ -126,7 +128,7 @@ class PairMethod:
             self.states[group], self.curves[group] = self._fit(group, own, seed, workdir)
 
     def _readable(self, shots: Sequence[Shot], normals: Sequence[Tensor]) -> dict[str, list[Shot]]:
-        """The shots of each defect; ValueError where one cannot be learned from, see :meth:`fit`."""
+        """The shots of each defect that can be learned from; ValueError where there is none, see :meth:`fit`."""
         if not shots:
             raise ValueError(f"{self.title} needs at least one shot of a defect to learn from")
         if full := [shot for shot in shots if shot.mask.all()]:
@@ -138,15 +140,13 @@ class PairMethod:
         by_defect: dict[str, list[Shot]] = {}
         for shot in shots:
             by_defect.setdefault(self.name_of(shot), []).append(shot)
-        self.left_out = {}
-        for defect, own in by_defect.items():
-            read = [shot for shot in own if extract(shot.image * shot.mask, self.config.floor).by != "border"]
-            if not read:
+        for defect, own in by_defect.items():  # by the usual floor: the config's is of drawing, and changes no fit
+            by_defect[defect] = [s for s in own if extract(s.image * s.mask, FLOOR).by != "border"]
+            if not by_defect[defect]:
                 raise ValueError(
-                    f"the mask of shot {own[0].defect}/{own[0].id} covers most of the image's border, as do those of "
-                    f"all {len(own)} shots of {defect}: no mask can be read off such parts; cut a larger window"
+                    f"no shot of {defect} can be learned from: each mask covers most of the image's border, as that of "
+                    f"{own[0].defect}/{own[0].id} does, and none can be read off such a part; cut a larger window"
                 )
-            by_defect[defect], self.left_out[defect] = read, len(own) - len(read)
         for defect, own in by_defect.items() if self.config.compensation else ():
             if all(foreground(shot.image).all() for shot in own):
                 raise ValueError(
@@ -389,6 +389,12 @@ class PairMethod:
             method.curves[group] = [tuple(point) for point in curve]
             method._dual.expect(method.states[group], file)
         return method
+
+
+def left_out(given: Iterable[str], read: Mapping[str, Sequence[Shot]]) -> dict[str, int]:
+    """How many of the shots that were given, by the names of their defects, are not among those that can be read."""
+    counts = Counter(given)
+    return {defect: counts[defect] - len(own) for defect, own in read.items()}
 
 
 def area_range(shots: Sequence[Shot]) -> tuple[float, float]:

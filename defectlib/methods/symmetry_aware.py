@@ -27,7 +27,7 @@ from defectlib.branches.classes import OWN, START, discrepancy, orthogonality, s
 from defectlib.branches.gates import Schedule
 from defectlib.branches.guidance import min_snr, spatial_weights
 from defectlib.methods.base import register
-from defectlib.methods.pairs import PairConfig, PairMethod, area_range
+from defectlib.methods.pairs import PairConfig, PairMethod, area_range, left_out
 from defectlib.training import Curve
 from defectlib.types import Request, Shot
 
@@ -137,11 +137,13 @@ class SymmetryAware(PairMethod):
             raise ValueError(f"{self.title} is not fitted: a new class needs the bases of others")
         if not self.config.class_coefficients:
             raise ValueError("one LoRA for all classes has none to add to: fit with class_coefficients")
-        defects = list(self._readable(shots, []))
-        if len(defects) > 1:
-            raise ValueError(f"one new defect at a time: these shots are of {', '.join(defects)}")
-        if (new := defects[0]) in self.areas:
+        read = self._readable(shots, [])
+        if len(read) > 1:
+            raise ValueError(f"one new defect at a time: these shots are of {', '.join(read)}")
+        if (new := next(iter(read))) in self.areas:
             raise ValueError(f"{self.title} has learned '{new}' already; it knows {', '.join(self.areas)}")
+        self.left_out |= left_out(map(self.name_of, shots), read)
+        shots = read[new]
         known, before = self.areas, self.states[GROUP]
         self.areas = known | {new: area_range(shots)}
         blank = self.untrained(seed).trained_state()

@@ -147,6 +147,22 @@ def test_a_new_class_is_learned_by_its_coefficients_alone(untrained, tmp_path, f
     assert list(back.areas) == ["hole", "dent", "burn"] and torch.equal(back.denoised([request("burn")])[0], new)
 
 
+def test_a_new_class_is_learned_from_what_can_be_read(untrained, tmp_path):
+    """A shot whose mask covers the border teaches neither coefficients nor how large a defect may be."""
+    framed = torch.ones(1, 64, 64, dtype=torch.bool)
+    framed[0, 8:56, 8:56] = False
+    more = [shot("burn", k) for k in range(2)]
+    unread = Shot(more[0].image, framed, "plate", "burn", "framed")
+    learned = []
+    for shots in (more, [unread, *more]):
+        method = fitted(SymmetryAware, SymmetryAwareConfig(**QUICK), SHOTS, untrained, tmp_path / f"{len(shots)}")
+        method.learn(shots, seed=3, workdir=tmp_path / f"more{len(shots)}")
+        learned.append(method)
+    first, second = learned
+    assert second.left_out == {"hole": 0, "dent": 0, "burn": 1} and second.areas == first.areas
+    assert all(torch.equal(value, second.states["all"][name]) for name, value in first.states["all"].items())
+
+
 def test_bad_input_is_one_sentence(whole, untrained, tmp_path):
     with pytest.raises(ValueError, match="the symmetry-aware system was fitted on hole, dent, not on 'crack'"):
         whole.sample([request("crack")])
