@@ -19,7 +19,7 @@ claims: .venv/complete  ## the papers' claims tested over three seeds: make repr
 test: .venv/complete  ## unit tests, then all notebooks through nbval on reduced settings
 	$(PY) -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder
 	rm -rf runs/test
-	DEFECTLIB_RUNS=$(CURDIR)/runs/test DEFECTLIB_PROFILE=smoke $(PY) -m pytest notebooks --nbval-lax --nbval-current-env --nbval-cell-timeout 300 -n 2 --dist loadfile
+	DEFECTLIB_RUNS=$(CURDIR)/runs/test DEFECTLIB_PROFILE=smoke $(PY) -m pytest notebooks --nbval-lax --nbval-current-env --nbval-cell-timeout 900 -n 2 --dist loadfile
 
 env: .venv/complete  ## the locked environment in .venv: by uv where it is present, else by pip
 
