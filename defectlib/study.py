@@ -327,10 +327,13 @@ def _check(s: Study, rows: pd.DataFrame) -> None:
     single = [defect for defect in s.defects if shots[defect] == 1]
     for name in [*s.methods, *s.variants]:
         source, few = s.mask_source_name(name), s.fewer(name)
-        alone = list(s.defects[:1]) if few and few.most == 1 else single
-        if alone and source.startswith("hmi") and not s.method_of(name).makes_masks:
+        if not source.startswith("hmi") or s.method_of(name).makes_masks:
+            continue
+        if few and few.most == 1:
+            raise ValueError(f"{name} learns from one shot, and its mask source '{source}' interpolates between two")
+        if single:
             raise ValueError(
-                f"{s.category}/{alone[0]} has one shot, and the mask source '{source}' of {name} interpolates between "
+                f"{s.category}/{single[0]} has one shot, and the mask source '{source}' of {name} interpolates between "
                 "two: add a second image with its mask, ask for other `defects`, or leave the method out of `methods`"
             )
 
