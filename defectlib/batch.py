@@ -82,6 +82,8 @@ def jobs(parameters: Parameters, categories: list[str], grouping: str = "categor
             for (need, of, part), found in by_scope.items()
             if need in NOTEBOOKS[notebook][1] and of in ("", values["category"]) and (part in ("", group) or not group)
         )
+        if parameters.variants is not None:
+            values = values | {"variants": settings.variants_of(values["methods"])}
         shared = parameters.model_dump(exclude_none=True)
         graph[name] = Job(name, notebook, params.validate({**shared, **values}, name), needs)
         by_scope[notebook, category, group] = name

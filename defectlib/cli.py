@@ -43,6 +43,7 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--grid", choices=["full"], help="all categories and defects, not only the profile's first ones")
     one.add_argument("--category", type=_names, help="comma-separated categories instead of the profile's first ones")
     one.add_argument("--methods", type=_names, help="comma-separated methods instead of the profile's")
+    one.add_argument("--variants", type=_some, help="comma-separated variants of them instead of all, or none")
     one.add_argument("--seeds", type=_seeds, help="comma-separated seeds instead of the profile's")
     one.add_argument("--grouping", choices=["category", "run"], default="category", help="what one job covers")
     one.add_argument("--cores", type=_cores, default=os.cpu_count(), help="jobs at a time on one machine")
@@ -112,6 +113,10 @@ def _names(text: str) -> list[str]:
     return list(dict.fromkeys(names))
 
 
+def _some(text: str) -> list[str]:
+    return [] if text == "none" else _names(text)
+
+
 def _seeds(text: str) -> list[int]:
     if wrong := [word for word in _names(text) if not word.isdecimal()]:
         raise argparse.ArgumentTypeError(f"'{wrong[0]}' is not a whole number from 0 up; give for example 0,1,2")
@@ -142,7 +147,7 @@ def _reproduce(a: argparse.Namespace) -> int:
     from defectlib import batch, prepare, study
     from defectlib.methods import base
 
-    parameters = _parameters(a, methods=a.methods, seeds=a.seeds, grid=a.grid)
+    parameters = _parameters(a, methods=a.methods, variants=a.variants, seeds=a.seeds, grid=a.grid)
     for name in parameters.methods or []:
         base.get(name)
     study.require_weights(parameters)

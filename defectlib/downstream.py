@@ -113,7 +113,7 @@ def _optimise(
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, max(1, len(index)))
     due = {ceil(len(index) * k / checkpoints.n) for k in range(1, checkpoints.n + 1)} if checkpoints else set()
     model.train()
-    curve = []
+    curve, settled = [], None
     for step, batch in enumerate(index, 1):
         value = loss(batch)
         optimiser.zero_grad(set_to_none=True)
@@ -123,8 +123,9 @@ def _optimise(
         curve.append(value.item())
         if step in due:
             with torch.random.fork_rng():  # to be looked at changes nothing in a training
-                checkpoints.look(step, _settled(copy.deepcopy(model), images))
-    return _settled(model, images), curve
+                settled = _settled(copy.deepcopy(model), images)
+                checkpoints.look(step, settled)
+    return settled if settled is not None else _settled(model, images), curve  # the last checkpoint is the end
 
 
 def _settled(model: nn.Module, images: Tensor) -> nn.Module:

@@ -5,6 +5,7 @@ Both train the models of :mod:`downstream` and test them on held-out real images
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -50,7 +51,7 @@ def downstream(s: Study, method: str, seed: int) -> dict[str, Any]:
         return record
     with runs.stage(folder, "downstream", key, s.identity(method, seed), values, {"source": source[0]}) as metrics:
         shots, held_out = s.learned(method, seed), s.held_out(seed)
-        drawn = [] if method == SHOTS_ONLY else sampling.load(folder.path)
+        drawn = [] if method == SHOTS_ONLY else sampling.load(folder.path, limit=s.n_used(method))
         items = shots if method == SHOTS_ONLY else drawn
         if reason := why_withheld(s, items, held_out, s.settings.downstream.selection):
             metrics.extend({"metric": m, "value": None, "protocol": {"why_withheld": reason}} for m in WITHHELD)
@@ -67,7 +68,7 @@ def _source(s: Study, method: str, seed: int) -> str:
 
 def _asked(s: Study) -> dict[str, Any]:
     """The settings that a score depends on."""
-    return s.settings.downstream.model_dump(exclude={"curve"})
+    return s.settings.downstream.model_dump(exclude={"curve", "variants"})
 
 
 def why_withheld(s: Study, items: Sequence[Item], held_out: list, rule: str) -> str | None:
@@ -125,7 +126,8 @@ def train_classifier(
     left, judge = _split(drawn or shots, test, rule, seed)
     train = [*shots, *left] if drawn else left
     labels = torch.tensor([s.defects.index(item.defect) for item in train])
-    choice = None if rule == "last" else models.Checkpoints(n, lambda model: accuracy(s, model, judge))
+    told_of = predictions(models.predict_classes, judge)
+    choice = None if rule == "last" else models.Checkpoints(n, lambda model: accuracy(s, told_of(model), judge))
     pictures = torch.stack([item.image for item in train])
     model, losses = models.train_classifier(pictures, labels, len(s.defects), settings, seed, choice or looked)
     told = {"n_train_real": len(train) - len(left) if drawn else len(left), "n_generated": len(left) if drawn else 0}
@@ -145,7 +147,8 @@ def train_localiser(
     rule, n = s.settings.downstream.selection, s.settings.downstream.checkpoints
     real, usable = isinstance(items[0], Shot), _usable(items)
     train, judge = _split(usable, test, rule, seed)
-    choice = None if rule == "last" else models.Checkpoints(n, lambda model: pixel_ap(model, judge))
+    maps_of = predictions(models.predict_maps, judge)
+    choice = None if rule == "last" else models.Checkpoints(n, lambda model: pixel_ap(maps_of(model), judge))
     normals = torch.stack(s.normals(seed))
     model, losses = models.train_localiser(*sampling.stack(train), normals, settings, seed, choice or looked)
     told = {
@@ -174,15 +177,19 @@ def _told(
     return told if choice is None else told | {"held_back": held_back, "scores_by_step": choice.scores}
 
 
-def accuracy(s: Study, model: nn.Module, items: Test) -> float:
+def predictions(predict: Callable[[nn.Module, Tensor], Tensor], items: Test) -> Callable[[nn.Module], np.ndarray]:
+    """A model's predictions on these items; those of the last model are kept, as it is asked for them again."""
+    return functools.lru_cache(maxsize=1)(lambda model: predict(model, torch.stack([i[0] for i in items])).numpy())
+
+
+def accuracy(s: Study, probability: np.ndarray, items: Test) -> float:
     """The share of defect images that are named rightly."""
-    told = models.predict_classes(model, torch.stack([image for image, *_ in items])).argmax(1).tolist()
-    return float(np.mean([s.defects[i] == item[2] for i, item in zip(told, items, strict=True)]))
+    named = probability.argmax(1).tolist()
+    return float(np.mean([s.defects[i] == item[2] for i, item in zip(named, items, strict=True)]))
 
 
-def pixel_ap(model: nn.Module, items: Test) -> float:
+def pixel_ap(maps: np.ndarray, items: Test) -> float:
     """Average precision over all pixels; 0 where no pixel is defect, for all models alike."""
-    maps = models.predict_maps(model, torch.stack([image for image, *_ in items])).numpy()
     return regions.pixel_metrics(maps, torch.cat([item[1] for item in items]).numpy())["pixel_ap"] or 0.0
 
 
@@ -197,10 +204,11 @@ def _classification(s: Study, folder: RunFolder, shots: list, drawn: list, held_
     if len(s.defects) < 2:
         reason = {"why_withheld": "one defect type: there is nothing to tell apart"}
         return [{"metric": m, "value": None, "protocol": protocol | reason} for m in ("accuracy", "f1_macro")]
-    looked = _watched(s, lambda model: accuracy(s, model, test))
+    told_of = predictions(models.predict_classes, test)
+    looked = _watched(s, lambda model: accuracy(s, told_of(model), test))
     model, told = train_classifier(s, shots, drawn, test, settings, seed, looked)
-    probability = models.predict_classes(model, torch.stack([image for image, *_ in test]))
-    table = pd.DataFrame(probability.numpy(), columns=[f"p_{d}" for d in s.defects])
+    probability = told_of(model)
+    table = pd.DataFrame(probability, columns=[f"p_{d}" for d in s.defects])
     table.insert(0, "id", [name for *_, name in test])
     table.insert(1, "true", [defect for *_, defect, _ in test])
     table.insert(2, "predicted", [s.defects[i] for i in probability.argmax(1).tolist()])
@@ -210,12 +218,12 @@ def _classification(s: Study, folder: RunFolder, shots: list, drawn: list, held_
     rows = [{"metric": m, "value": scores[m], "protocol": protocol} for m in ("accuracy", "f1_macro")]
     for defect, own in regions.by_defect(scores["confusion"], list(s.defects)).items():
         n = sum(name == defect for *_, name, _ in test)
-        single = {"task": "classification", "n_real": n, "selection": told["selection"]}
+        single = {name: told[name] for name in ("task", "selection", "n_generated")} | {"n_real": n}
         rows += [
             {"metric": m + regions.BY_DEFECT, "value": v, "defect": defect, "protocol": single} for m, v in own.items()
         ]
     if looked:
-        best = models.predict_classes(looked.best, torch.stack([image for image, *_ in test])).argmax(1).tolist()
+        best = told_of(looked.best).argmax(1).tolist()
         scores = regions.classification_metrics(table["true"].tolist(), [s.defects[i] for i in best], list(s.defects))
         told = _by_oracle(protocol | {"confusion": scores["confusion"]}, looked)
         rows += [{"metric": m + regions.ORACLE, "value": scores[m], "protocol": told} for m in ("accuracy", "f1_macro")]
@@ -225,10 +233,10 @@ def _classification(s: Study, folder: RunFolder, shots: list, drawn: list, held_
 def _localisation(s: Study, folder: RunFolder, items: list, held_out: list, seed: int) -> list[dict]:
     """Defect localisation, scored per pixel and per image (DefectSynth, Section V-A.2)."""
     settings = s.settings.downstream.localiser
-    looked = _watched(s, lambda model: pixel_ap(model, held_out))
+    maps_of = predictions(models.predict_maps, held_out)
+    looked = _watched(s, lambda model: pixel_ap(maps_of(model), held_out))
     model, told = train_localiser(s, items, held_out, settings, seed, looked)
-    pictures = torch.stack([image for image, *_ in held_out])
-    maps = models.predict_maps(model, pictures).numpy()
+    maps = maps_of(model)
     truth = torch.cat([mask for _, mask, *_ in held_out]).numpy()
     target = folder.path / "predictions" / "localisation.npz"
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -244,15 +252,14 @@ def _localisation(s: Study, folder: RunFolder, items: list, held_out: list, seed
     labels = np.array([defect for _, _, defect, _ in held_out])
     for defect in s.defects:  # against all normals
         own = (labels == defect) | (labels == "good")
-        single = {name: told[name] for name in ("task", "selection")}
+        single = {name: told[name] for name in ("task", "selection", "n_generated", "left_out")}
         single |= {"n_real": int(own.sum()), "n_instances": len(regions.instances(truth[own]))}
         rows += [
             row | {"metric": row["metric"] + regions.BY_DEFECT, "defect": defect}
             for row in _region_scores(maps[own], truth[own], single)
         ]
     if looked:
-        best = models.predict_maps(looked.best, pictures).numpy()
-        scores = _region_scores(best, truth, _by_oracle(protocol, looked))
+        scores = _region_scores(maps_of(looked.best), truth, _by_oracle(protocol, looked))
         rows += [row | {"metric": row["metric"] + regions.ORACLE} for row in scores]
     return rows
 
@@ -289,13 +296,14 @@ def checkpoints(s: Study, method: str, seed: int) -> dict[str, Any]:
     """
     source, asked = _source(s, method, seed), s.settings.downstream
     values = {
-        "localiser": asked.localiser.model_dump(), "checkpoints": asked.checkpoints, "defects": s.defects, "seed": seed,
+        "localiser": asked.localiser.model_dump(), "n_samples": asked.n_samples, "checkpoints": asked.checkpoints,
+        "defects": s.defects, "seed": seed,
     }  # fmt: skip
     folder, key = s.folder(method, seed), runs.stage_key(values, [source])
     if (record := folder.complete("checkpoints", key)) is not None:
         return record
     with runs.stage(folder, "checkpoints", key, s.identity(method, seed), values, {"source": source}) as metrics:
-        items = s.shots(seed) if method == SHOTS_ONLY else sampling.load(folder.path)
+        items = s.shots(seed) if method == SHOTS_ONLY else sampling.load(folder.path, limit=s.n_used(method))
         held_out = s.held_out(seed)
         if reason := why_withheld(s, items, held_out, "val_generated"):
             metrics.append({"metric": BY_STEP, "value": None, "protocol": {"why_withheld": reason}})
@@ -308,11 +316,11 @@ def _by_step(s: Study, items: Sequence[Item], held_out: list, seed: int) -> list
     """Pixel AP of every checkpoint of a localiser, on what is held back and on the test set."""
     asked = s.settings.downstream
     train, judge = _split(items, held_out, "val_generated", seed)
-    on_held_back = []
+    on_held_back, of_judge, of_test = [], *(predictions(models.predict_maps, items) for items in (judge, held_out))
 
     def score(model: nn.Module) -> float:
-        on_held_back.append(pixel_ap(model, judge))
-        return pixel_ap(model, held_out)
+        on_held_back.append(pixel_ap(of_judge(model), judge))
+        return pixel_ap(of_test(model), held_out)
 
     looked = models.Checkpoints(asked.checkpoints, score)
     models.train_localiser(*sampling.stack(train), torch.stack(s.normals(seed)), asked.localiser, seed, looked)

@@ -63,6 +63,8 @@ def between(train: Sequence[Path], test: Sequence[Path], least: float = LIKENESS
 def of_run(folder: Path, data_root: Path | None = None) -> tuple[pd.DataFrame, dict[str, int]]:
     """The leaks of a run of ours: its split, and samples that are a shot again.
 
+    Where one fit serves the data set, the shots and training normals of all its categories count as learned from.
+
     Args:
         folder: A run's folder, ``<runs>/<profile>/<dataset>/<category>/<method>/s<seed>``.
         data_root: Where the data set lies now; None is where it lay when the run was made.
@@ -87,7 +89,8 @@ def of_run(folder: Path, data_root: Path | None = None) -> tuple[pd.DataFrame, d
         raise ValueError(f"{split} is missing: the split of the run {folder} is not known")
     root = Path(data_root or json.loads(split.with_suffix(".json").read_text())["root"])
     rows = pd.read_csv(split, dtype=str, keep_default_na=False)
-    rows = rows[rows["category"] == run["category"]]
+    own = rows["category"] == run["category"]
+    rows = rows[own | (_serves_all(folder) & (rows["side"] != "test"))]
     sides = {side: [root / name for name in dict.fromkeys(rows.loc[rows["side"] == side, "image"])] for side in _SIDES}
     if gone := [file for files in sides.values() for file in files if not file.is_file()]:
         raise ValueError(f"{gone[0]} is missing: say with --data-root where the data set lies now")
@@ -101,6 +104,13 @@ def of_run(folder: Path, data_root: Path | None = None) -> tuple[pd.DataFrame, d
 
 
 _SIDES = {"shot": "shots", "train": "training normals", "test": "test images"}
+
+
+def _serves_all(folder: Path) -> bool:
+    """Whether a run's fit learned from other categories too."""
+    files = [file for stage in ("fit", "sample") if (file := folder / f"{stage}.json").is_file()]
+    told = [json.loads(file.read_text())["parameters"] for file in files]
+    return any("fitted_with" in one or one.get("config", {}).get("scope") == "dataset" for one in told)
 
 
 def _copies(folder: Path, shots: pd.DataFrame, root: Path) -> pd.DataFrame:

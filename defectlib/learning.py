@@ -70,8 +70,8 @@ def _points(s: Study, method: str, seed: int) -> list[tuple[str, list[int], int]
     """The axes of a run's curve: its name, the points to train, and the number at which the downstream stage stands."""
     asked, axes = s.settings.downstream.curve, []
     if method != SHOTS_ONLY:
-        drawn = s.n_per_defect(method)
-        axes.append(("samples", [0, *sorted({n for n in asked.samples if n < drawn})], drawn))
+        drawn, used = s.n_per_defect(method), s.n_used(method)
+        axes.append(("samples", [0, *sorted({n for n in asked.samples if n <= drawn} - {used})], used))
     if method == SHOTS_ONLY or (s.method_of(method).makes_masks and not s.method_of(method).needs_backbone):
         most = max(Counter(shot.defect for shot in s.shots(seed)).values())
         axes.append(("shots", sorted({n for n in asked.shots if n < most}), most))
@@ -102,11 +102,13 @@ def _trained_point(s: Study, method: str, seed: int, task: str, axis: str, n: in
         return _row(task, axis, n, None, {"why_withheld": reason})
     settings = _settings(s, task).model_copy(update={"epochs": None, "steps": steps})
     if task == "localisation":
+        maps_of = evaluation.predictions(models.predict_maps, held_out)
         model, told = evaluation.train_localiser(s, drawn or shots, held_out, settings, seed)
-        return _row(task, axis, n, evaluation.pixel_ap(model, held_out), told | {"n_real": len(held_out)})
+        return _row(task, axis, n, evaluation.pixel_ap(maps_of(model), held_out), told | {"n_real": len(held_out)})
     test = [item for item in held_out if item[2] != "good"]
+    told_of = evaluation.predictions(models.predict_classes, test)
     model, told = evaluation.train_classifier(s, shots, drawn, test, settings, seed)
-    return _row(task, axis, n, evaluation.accuracy(s, model, test), told | {"n_real": len(test)})
+    return _row(task, axis, n, evaluation.accuracy(s, told_of(model), test), told | {"n_real": len(test)})
 
 
 def _drawn_from(s: Study, method: str, shots: Sequence[Shot], seed: int) -> list[Sample]:
@@ -120,4 +122,4 @@ def _drawn_from(s: Study, method: str, shots: Sequence[Shot], seed: int) -> list
             fitted.one_normal_a_group,
         )  # fmt: skip
         sampling.draw(fitted, requests, folder)
-        return sampling.load(folder)
+        return sampling.load(folder, limit=s.n_used(method))

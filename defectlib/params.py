@@ -102,13 +102,17 @@ class CurveSettings(Strict):
 class DownstreamSettings(Strict):
     """The classifier and the localiser of the downstream tables, and which model of a training is tested.
 
-    ``selection``: ``last`` is the last step; ``val_generated`` the best of ``checkpoints`` evenly spaced ones on a
+    Both train on the first ``n_samples`` of each defect, or on all that were drawn. ``selection``: ``last`` is the last
+    step; ``val_generated`` the best of ``checkpoints`` evenly spaced ones on a
     tenth of the training items, held back; ``test_oracle`` the best on the test set itself, as released evaluations do.
-    Under ``last`` what ``test_oracle`` would have shown stands beside it in the tables.
+    Under ``last`` what ``test_oracle`` would have shown stands beside it in the tables. ``variants`` says which ones'
+    samples are learned from beside the methods': those that filter, or all.
     """
 
     classifier: TrainSettings
     localiser: TrainSettings
+    n_samples: int | None = Field(default=None, ge=1)
+    variants: Literal["filtered", "all"] = "filtered"
     selection: Literal["last", "val_generated", "test_oracle"] = "last"
     checkpoints: int = Field(default=5, ge=1)
     curve: CurveSettings = CurveSettings()
@@ -223,8 +227,9 @@ class Parameters(Strict):
     """The parameters of every notebook. ``None`` asks the profile, the category file or the data set.
 
     ``tiles`` reads square crops: a side in px, "auto" (the median defect covers four latent cells) or "none".
-    ``grid = "full"`` covers all categories and defects instead of the profile's first ones. ``foregrounds`` is a folder
-    of the user's own masks of the objects, one for each shot and training normal, named as the image with ".png".
+    ``variants`` are those of the profile that are run beside the methods; [] is none of them. ``grid = "full"`` covers
+    all categories and defects instead of the profile's first ones. ``foregrounds`` is a folder of the user's own masks
+    of the objects, one for each shot and training normal, named as the image with ".png".
     """
 
     profile: str | None = None
@@ -233,6 +238,7 @@ class Parameters(Strict):
     category: str | None = None
     defects: list[str] | None = None
     methods: list[str] | None = None
+    variants: list[str] | None = None
     seeds: list[int] | None = None
     split: SplitRule | None = None
     tiles: int | Literal["auto", "none"] | None = None
@@ -256,13 +262,25 @@ class Parameters(Strict):
         return self.profile or os.environ.get("DEFECTLIB_PROFILE") or "smoke"
 
     def settings(self) -> Profile:
-        """The profile's values, with the split rule and the grid replaced where they were given."""
+        """The profile's values, with the split rule, the grid and the variants replaced where they were given.
+
+        Raises:
+            ValueError: A variant that is none of the profile's, or of a method that is not asked for.
+        """
         settings = load_profile(self.profile_name)
         changes: dict[str, Any] = {}
         if self.split is not None:
             changes["data"] = settings.data.model_copy(update={"split": self.split})
         if self.grid == "full":
             changes["grid"] = Grid(categories=None, defects=None)
+        if self.variants is not None:
+            known = settings.variants_of(settings.asked(self.methods))
+            if unknown := [name for name in self.variants if name not in known]:
+                raise ValueError(
+                    f"variants: the profile {settings.profile} has no '{unknown[0]}' of the methods asked for; it has: "
+                    f"{', '.join(known) or 'none'}"
+                )
+            changes["variants"] = {name: settings.variants[name] for name in known if name in self.variants}
         return settings.model_copy(update=changes)
 
     def dataset_folder(self) -> Path:

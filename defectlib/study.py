@@ -151,6 +151,16 @@ class Study:
         n = asked.n_of.get(self.method_of(name).name, asked.n_per_defect)
         return ceil(keep.share * n) if keep else n
 
+    def n_used(self, name: str) -> int:
+        """How many of them the downstream models train on: the first of each defect."""
+        drawn = self.n_per_defect(name)
+        return min(drawn, self.settings.downstream.n_samples or drawn)
+
+    def learned_with(self) -> list[str]:
+        """Whose samples downstream models train on: the methods', and those of the variants that the profile says."""
+        every = self.settings.downstream.variants == "all"
+        return [*self.methods, *(name for name in self.variants if every or self.keep(name))]
+
     def keep(self, name: str) -> Keep | None:
         """The filter of a variant that has one."""
         variant = self.settings.variants.get(name)
@@ -164,7 +174,8 @@ class Study:
         """
         if not base.covers_dataset(self.config(name)):
             return [self]
-        alike = {"defects": None, "methods": [self.method_of(name).name], "seeds": list(self.seeds), "prompts": {}}
+        alike = {"defects": None, "methods": [self.method_of(name).name], "variants": [], "prompts": {}}
+        alike |= {"seeds": list(self.seeds)}
         shared = self.parameters.model_copy(update=alike | {"category": None})
         others = [shared.model_copy(update={"category": name}) for name in prepare.categories(shared)]
         grid = [dataclasses.replace(open_category(p), settings=self.settings) for p in others]

@@ -30,6 +30,7 @@ data_root = None
 category = None  # None: the first category of the data set
 defects = None
 methods = None
+variants = None
 seeds = None
 split = None
 tiles = None

@@ -33,6 +33,7 @@ data_root = None
 category = None  # None: the first category of the data set
 defects = None
 methods = None
+variants = None
 seeds = None
 split = None
 tiles = None
@@ -118,7 +119,7 @@ for name in names:
 #
 # Variants that learn from fewer shots, beside their method on all: two of each defect, or two of the first defect beside all of
 # the others. What a model of all defects has learned of one may help another. By defect, means over the seeds with the sd:
-# `mask_seen` and, where it is asked, `class_seen`, as above. They are not trained on in notebook 9.
+# `mask_seen` and, where it is asked, `class_seen`, as above. `PROFILE=multiclass` has them, and trains on them in notebook 9.
 
 # %%
 few = {name: s.fewer(name) for name in names if s.fewer(name)}

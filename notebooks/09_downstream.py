@@ -34,6 +34,7 @@ data_root = None
 category = None  # None: the first category of the data set
 defects = None
 methods = None
+variants = None
 seeds = None
 split = None
 tiles = None
@@ -61,7 +62,7 @@ figures.style()
 
 # %%
 whole = [study.SHOTS_ONLY, *s.methods]
-rows = [*whole, *filter(s.keep, s.variants)]
+rows = [study.SHOTS_ONLY, *s.learned_with()]
 records = {(method, seed): evaluation.downstream(s, method, seed) for method in rows for seed in s.seeds}
 scores = pd.DataFrame(
     [

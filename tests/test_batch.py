@@ -98,6 +98,16 @@ def test_graph_by_run_has_a_job_a_method_and_seed():
         batch.jobs(asked, ["bottle"], grouping="all")
 
 
+def test_each_job_has_the_variants_of_its_methods():
+    asked = Parameters(profile="symmetry", variants=["symmetry_aware_tied", "symmetry_aware_no_gates"])
+    graph = batch.jobs(asked, ["gear"], grouping="run")
+    assert graph["07_quality.gear.dualanodiff.s0"].parameters.variants == []
+    assert sorted(graph["07_quality.gear.symmetry_aware.s0"].parameters.variants) == sorted(asked.variants)
+    made = {file.parts[-3] for file in batch.stage_files(graph["08_ablation.gear"])}
+    assert made == {"dualanodiff", "symmetry_aware", *asked.variants}
+    assert batch.jobs(Parameters(profile="symmetry"), ["gear"])["08_ablation.gear"].parameters.variants is None
+
+
 def test_receipts_without_their_stage_files_are_withdrawn(tmp_path, monkeypatch):
     asked = Parameters(profile="smoke", methods=["crop_paste"], runs_root=str(tmp_path))
     graph = batch.jobs(asked, ["nut"])

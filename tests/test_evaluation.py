@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from defectlib import evaluation, sampling, study
+from defectlib import evaluation, params, sampling, study
 from defectlib.metrics import regions
 
 
@@ -141,3 +141,48 @@ def test_the_three_rules_are_shown_on_one_training_that_is_kept(tiny_parameters,
 def test_a_method_that_drew_nothing_is_not_replaced_by_the_shots(tiny_parameters):
     s = study.open_category(tiny_parameters)
     assert "some defects" in evaluation.why_withheld(s, [], s.held_out(0), "last")
+
+
+def test_of_many_samples_the_first_of_each_defect_are_learned_from(tiny_parameters, monkeypatch):
+    given, real = [], evaluation.models.train_localiser
+    monkeypatch.setattr(evaluation.models, "train_localiser", lambda *a: (given.append(a[0]), real(*a))[1])
+    s = ruled(tiny_parameters, n_samples=3)
+    assert (s.n_per_defect("crop_paste"), s.n_used("crop_paste")) == (4, 3)
+    assert ruled(tiny_parameters, n_samples=9).n_used("crop_paste") == 4, "more than are drawn there are not"
+    record = evaluation.downstream(s, "crop_paste", 0)
+    drawn = sampling.load(s.folder("crop_paste", 0).path)
+    first = [item.image for d in s.defects for item in [x for x in drawn if x.defect == d][:3]]
+    assert len(given[0]) == len(first) and all(any(torch.equal(a, b) for b in first) for a in given[0])
+    for metric in ("pixel_ap", "accuracy", "pixel_ap" + regions.BY_DEFECT, "accuracy" + regions.BY_DEFECT):
+        rows = [m for m in record["metrics"] if m["metric"] == metric]
+        assert all(m["protocol"]["n_generated"] == len(first) for m in rows), metric
+    assert record["key"] != evaluation.downstream(ruled(tiny_parameters), "crop_paste", 0)["key"]
+
+
+def test_a_variant_on_fewer_shots_is_tested_as_its_method(tiny_parameters):
+    s = study.open_category(tiny_parameters)
+    lone = {"crop_paste_one": params.Variant(of="crop_paste", shots=params.FewerShots(most=1))}
+    s = dataclasses.replace(s, settings=s.settings.model_copy(update={"variants": lone}))
+    told = score(evaluation.downstream(s, "crop_paste_one", 0), "accuracy")["protocol"]
+    whole = score(evaluation.downstream(s, "crop_paste", 0), "accuracy")["protocol"]
+    assert told["n_train_real"] == len(s.defects) < whole["n_train_real"] == len(s.shots(0)), (
+        "merged with its own shots"
+    )
+    assert (told["n_generated"], told["n_real"]) == (whole["n_generated"], whole["n_real"])
+
+
+def test_no_model_is_asked_twice_for_the_same(tiny_parameters, monkeypatch):
+    asked = {"predict_classes": [], "predict_maps": []}
+    for name, kept in asked.items():
+        real = getattr(evaluation.models, name)
+        counted = functools.partial(
+            lambda kept, real, model, x: (kept.append(id(model)), real(model, x))[1], kept, real
+        )
+        monkeypatch.setattr(evaluation.models, name, counted)
+    settled, real = [], evaluation.models._settled
+    monkeypatch.setattr(evaluation.models, "_settled", lambda *a: (settled.append(a), real(*a))[1])
+    record = evaluation.downstream(ruled(tiny_parameters, checkpoints=2), study.SHOTS_ONLY, 0)
+    assert len(settled) == 4, "two checkpoints a model; the last one is the model"
+    for metric, name in (("accuracy", "predict_classes"), ("pixel_ap", "predict_maps")):
+        (_, first), (_, last) = score(record, metric + regions.ORACLE)["protocol"]["scores_by_step"]
+        assert len(asked[name]) == 2 + (first >= last), "each checkpoint once, the best again where it was not the last"

@@ -1,5 +1,6 @@
 """The leak audit: what two lists have in common, and what a run's own folder says of itself."""
 
+import json
 import shutil
 
 import numpy as np
@@ -76,6 +77,13 @@ def test_a_run_is_audited_from_its_folder_alone(tiny_parameters):
     shutil.copy(stolen, drawn)
     copied, _ = leaks.of_run(folder)
     assert (leaks.SAMPLE, str(drawn)) in set(zip(copied["found"], copied["test"])), shot.id
+    made = json.loads((folder / "sample.json").read_text())
+    made["parameters"]["config"]["scope"] = "dataset"
+    (folder / "sample.json").write_text(json.dumps(made))
+    _, every = leaks.of_run(folder)
+    table = prepare.manifest(tiny_parameters)
+    assert every["shots"] == (table["side"] == "shot").sum() > counts["shots"], "one fit for all learned from all"
+    assert every["test images"] == counts["test images"]
     with pytest.raises(ValueError, match="is no run: name a folder such as"):
         leaks.of_run(folder.parent)
     with pytest.raises(ValueError, match="say with --data-root where the data set lies now"):

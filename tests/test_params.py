@@ -111,7 +111,7 @@ def test_the_profiles_of_one_model_for_all_differ_from_demo_in_their_methods_alo
     assert ours.quality.class_seen and not demo.quality.class_seen, "asked where one model draws several defects"
     same = {
         "quality": demo.quality.model_copy(update={"class_seen": True}),
-        "downstream": demo.downstream.model_copy(update={"curve": ours.downstream.curve}),
+        "downstream": demo.downstream.model_copy(update={"curve": ours.downstream.curve, "variants": "all"}),
     }
     demo = demo.model_copy(update=same)
     for part in ("backbone", "data", "sample", "quality", "downstream"):
@@ -120,3 +120,15 @@ def test_the_profiles_of_one_model_for_all_differ_from_demo_in_their_methods_alo
         assert ours.methods[name] == demo.methods[name]
     shared = {k: v for k, v in ours.methods["symmetry_aware"].items() if k != "own_rate"}
     assert shared == ours.methods["dualanodiff"], "equal cost: steps are of a defect"
+
+
+def test_variants_are_asked_for_by_name():
+    symmetry = params.load_profile("symmetry")
+    assert params.Parameters(profile="symmetry").settings().variants == symmetry.variants
+    assert params.Parameters(profile="symmetry", variants=[]).settings().variants == {}
+    two = ["symmetry_aware_no_gates", "symmetry_aware_tied"]
+    asked = params.Parameters(profile="symmetry", variants=two)
+    assert list(asked.settings().variants) == [name for name in symmetry.variants if name in two], "the profile's order"
+    for wrong in ({"variants": ["symmetry_aware_no_gate"]}, {"variants": two, "methods": ["dualanodiff"]}):
+        with pytest.raises(ValueError, match="variants: the profile symmetry has no 'symmetry_aware_no_gate"):
+            params.Parameters(profile="symmetry", **wrong).settings()

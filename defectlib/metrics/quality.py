@@ -297,8 +297,12 @@ def _perceptual_rows(
     """LPIPS to the nearest real image, and IC-LPIPS."""
     size = trunk.size or protocol.size
     drawn = trunk.embed(generated, size, batch_size)
-    around_real = trunk.embed(real, size, batch_size)
-    around = around_real if protocol.references == "real" else trunk.embed(refs, size, batch_size)
+    place = {_content(picture): i for i, picture in enumerate(real)}  # shots are real images too, as a rule
+    others = [picture for picture in refs if _content(picture) not in place]
+    place |= {_content(picture): len(real) + i for i, picture in enumerate(others)}
+    embedded = trunk.embed([*real, *others], size, batch_size)
+    around_real = embedded[: len(real)]
+    around = around_real if protocol.references == "real" else embedded[[place[_content(shot)] for shot in refs]]
     nearest = lpips_to_nearest(drawn, around_real)[0].double()
     taken = bootstrap.counts(len(generated), 0)
     shared = {

@@ -100,6 +100,7 @@ HIGHER_IS_BETTER = {
     **dict.fromkeys(sorted(PERCENT), True),
     "kid": False, "is": True, "lpips": True, "ic-lpips": True, "mask_iou": True,
     **dict.fromkeys(("precision", "recall", "density", "coverage"), True), "shot-distance": None,
+    "mask_seen": True, "class_seen": True,
     "ap_gain": True, "iap_gain": True, "iap90_gain": True,
     "fit_s": False, "train_stage1_h": False, "train_stage2_h": False, "train_total_h": False,
     "pairs_per_second": True, "seconds_per_image": False,

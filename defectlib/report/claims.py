@@ -10,6 +10,7 @@ split, so what an interval covers is training and drawing.
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import numpy as np
@@ -113,9 +114,24 @@ def _comparison(claim: Claim, against: str, results: pd.DataFrame) -> dict[str, 
     }  # fmt: skip
     if claim.metric == "is" and both["n_generated"].nunique() > 1:
         return row | {"why": "IS rises with the number of images, and theirs differ"}
+    if _unlike(both):
+        return row | {"why": "their downstream models learned from different numbers of samples"}
     if not enough:
         return row | {"why": f"{LEAST_CELLS} {of} with {LEAST_SEEDS} seeds each are needed"}
     return row | verdict(low, high, claim.better)
+
+
+def _unlike(rows: pd.DataFrame) -> bool:
+    """Whether downstream models that are compared were given different numbers of samples; the shots alone are none.
+
+    Samples that could not be learned from were given all the same: how many those are is part of a score.
+    """
+    told = [json.loads(protocol) for protocol in rows["protocol"]]
+    given = [
+        one["n_generated"] + one.get("left_out", 0) if "task" in one and one.get("n_generated") else None
+        for one in told
+    ]
+    return bool(rows.assign(given=given).groupby([*CELL, "seed"])["given"].nunique().gt(1).any())
 
 
 def verdict(low: float, high: float, better: str) -> dict[str, str]:

@@ -280,3 +280,23 @@ def test_spread_of_halves_and_quarters():
     assert wide.iloc[0] > wide.iloc[-1], "more images, steadier"
     with pytest.raises(ValueError, match="four images"):
         quality.subset_spread(real[:3], drawn)
+
+
+def test_each_image_is_embedded_once(monkeypatch):
+    """Shots are real images too: 20 generated and 6 real ones are 26 passes, not 29."""
+    passed, real_flat = [], features.Perceptual._flat
+
+    def counted(self, maps):
+        passed.append(len(maps[0]))
+        return real_flat(self, maps)
+
+    monkeypatch.setattr(features.Perceptual, "_flat", counted)
+    drawn, real = pictures(20), pictures(6, 1)
+    rows = quality.evaluate(drawn, real, real[:3], perceptual="tiny")
+    assert sum(passed) == 26
+    strange = quality.evaluate(drawn, real, pictures(3, 2), perceptual="tiny")
+    assert sum(passed) == 26 + 29, "shots that are not among the real images are embedded too"
+    values = [{row["metric"]: row["value"] for row in some} for some in (rows, strange)]
+    assert (
+        values[0]["tiny-lpips"] == values[1]["tiny-lpips"] and values[0]["tiny-ic-lpips"] != values[1]["tiny-ic-lpips"]
+    )

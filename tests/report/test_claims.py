@@ -1,5 +1,7 @@
 """The papers' claims as data, and what is said of them."""
 
+import json
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -181,3 +183,19 @@ def test_every_measure_that_a_claim_names_is_made():
 def test_small_bounds_keep_their_sign():
     row = next(claims.judge(results(gain=-1e-5, noise=1e-7)).iloc[:1].itertuples())
     assert row.verdict == claims.HELD and "-0.0]" not in layout._interval_text(row)
+
+
+@pytest.mark.parametrize(
+    "against, other, decided", [("crop_paste", 16, 1), ("crop_paste", 32, 0), ("shots_only", 0, 1)]
+)
+def test_no_verdict_on_downstream_models_that_learned_from_unlike_numbers(against, other, decided):
+    """Three of each could not be learned from; the shots alone are no number of samples."""
+    frame = results("pixel_ap", 0.05, methods=("adabldm", against))
+    given = {"adabldm": 13, against: max(0, other - 3)}
+    told_of = [json.dumps({"task": "localisation", "n_generated": given[m], "left_out": 3}) for m in frame["method"]]
+    table = claims.judge(frame.assign(protocol=told_of))
+    row = table[(table["metric"] == "pixel_ap") & (table["against"] == against) & (table["method"] == "adabldm")].iloc[
+        0
+    ]
+    assert row["verdict"] == (claims.HELD if decided else claims.OPEN)
+    assert ("different numbers of samples" in row["why"]) != decided
