@@ -88,6 +88,9 @@ pd.concat([mean, sd.add_suffix(" sd")], axis=1).round(3)
 
 # %%
 shown = scores[scores["metric"].isin(["accuracy", "f1_macro", "image_auroc", "pixel_auroc", "pixel_ap", "pixel_f1_50"])]
+shown = shown[
+    shown["method"].isin([*whole, *filter(s.keep, s.variants)])
+]  # an ablation's rows stand in the table alone
 figure = figures.compare(shown) if tested else None
 if tested:
     figures.save(figure, folder, f"downstream_{s.category}", scores)
