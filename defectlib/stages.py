@@ -221,8 +221,8 @@ def quality(s: Study, method: str, seed: int) -> dict[str, Any]:
     values = {
         "quality": s.settings.quality.model_dump(exclude={"class_seen"}),
         "reader": s.settings.downstream.localiser.model_dump(),
-        # Runs from before intervals and neighbours were measured are measured again.
-        "draws": bootstrap.DRAWS, "neighbour": neighbours.K,
+        # Runs from before intervals and neighbours were measured, or when empty masks were seen, are measured again.
+        "draws": bootstrap.DRAWS, "neighbour": neighbours.K, "empty_masks_seen": 0,
     }  # fmt: skip
     asks_class = s.settings.quality.class_seen
     if asks_class:
@@ -323,7 +323,7 @@ def _kept(s: Study, seed: int, name: str, settings: TrainSettings) -> tuple[Path
 def seen(s: Study, seed: int, images: Tensor, masks: Tensor) -> list[float]:
     """How far masks lie on what is seen there: their IoU with what :func:`reader` finds above 0.5, an image each.
 
-    The reader knows real defects alone. Where it finds nothing and the mask is empty they agree: 1.
+    The reader knows real defects alone. An empty mask lies on nothing: 0, also where it finds nothing.
 
     Args:
         s: Of the category.
@@ -333,7 +333,7 @@ def seen(s: Study, seed: int, images: Tensor, masks: Tensor) -> list[float]:
     """
     found = models.predict_maps(reader(s, seed), images) > 0.5
     values = [regions.mask_iou(a, b) for a, b in zip(found, masks[:, 0], strict=True)]
-    return [1.0 if value is None else value for value in values]
+    return [value or 0.0 for value in values]
 
 
 def _mask_seen(s: Study, seed: int, defect: str, held_out: list, images: Tensor, masks: Tensor) -> dict[str, Any]:

@@ -386,7 +386,7 @@ figure
 #
 # Background compensation (**BCM**) makes keys and values of the image branch's self-attention of
 # $\varphi(z) + \gamma\,\mathrm{MLP}(\varphi(z_b))$, where $z_b$ is the image without its object, seen by the frozen base model
-# at the same noise level; notebook 8 shows it on objects. One model is trained for every defect, to predict the noise of
+# at the same noise level; notebook 8 shows it, on a category of objects (`make reproduce` draws `dualanodiff_fig_4_gear`). One model is trained for every defect, to predict the noise of
 # both branches.
 
 # %%

@@ -31,6 +31,8 @@ COLUMNS = [
     "measured", "difference", "low", "high", "cells", "of", "seeds", "verdict", "why",
 ]  # fmt: skip
 NAME = "claims"
+RISES_WITH_DAMAGE = ("is", "ic-lpips")
+"""Measures by which garbled pictures look varied; whether they look real is what precision says."""
 
 
 def judge(results: pd.DataFrame) -> pd.DataFrame:
@@ -118,7 +120,10 @@ def _comparison(claim: Claim, against: str, results: pd.DataFrame) -> dict[str, 
         return row | {"why": "their downstream models learned from different numbers of samples"}
     if not enough:
         return row | {"why": f"{LEAST_CELLS} {of} with {LEAST_SEEDS} seeds each are needed"}
-    return row | verdict(low, high, claim.better)
+    told = verdict(low, high, claim.better)
+    if told["verdict"] == HELD and claim.metric in RISES_WITH_DAMAGE:
+        told["why"] = _damage(results, claim.method, against)
+    return row | told
 
 
 def _unlike(rows: pd.DataFrame) -> bool:
@@ -132,6 +137,13 @@ def _unlike(rows: pd.DataFrame) -> bool:
         for one in told
     ]
     return bool(rows.assign(given=given).groupby([*CELL, "seed"])["given"].nunique().gt(1).any())
+
+
+def _damage(results: pd.DataFrame, method: str, against: str) -> str:
+    """What precision says where a system that looks more varied looks less real; "" where it does not."""
+    rows = results[results["metric"].map(published.kind) == "precision"]
+    ours, theirs = (rows.loc[rows["method"] == name, "value"].mean() for name in (method, against))
+    return f"but precision is {ours:.2f} against {theirs:.2f}: damage too looks varied" if ours < theirs else ""
 
 
 def verdict(low: float, high: float, better: str) -> dict[str, str]:

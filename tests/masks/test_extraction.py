@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from defectlib import backbone
 from defectlib.masks.extraction import FLOOR, extract
 
 
@@ -12,6 +13,15 @@ def test_a_part_without_a_defect_gives_an_empty_mask():
     found = extract(grey())
     assert not found.mask.any() and found.by == "floor" and found.threshold == FLOOR
     assert not extract(torch.zeros(3, 64, 64)).mask.any()
+
+
+def test_what_the_autoencoder_leaves_on_grey_is_no_defect():
+    """The residue of the base model that ships, on grey and on latents that are not quite it."""
+    base = backbone.load("tiny", device="cpu")
+    latents = base.encode(torch.zeros(1, 3, 64, 64)).repeat(8, 1, 1, 1)
+    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
+    for part in base.decode(latents + 0.1 * noise * torch.linspace(0, 1, 8)[:, None, None, None]):
+        assert part.abs().max() > 0 and not extract(part).mask.any()
 
 
 @pytest.mark.parametrize("part", [grey() - 0.5, grey(0.5), torch.linspace(-1, 1, 64).expand(3, 64, 64)])

@@ -143,6 +143,16 @@ def test_the_normal_is_looked_at_with_compensation_alone(fit, fitted):
     assert torch.equal(together[0].image, both[0]), "another background in the batch changes nothing"
 
 
+@pytest.mark.parametrize("normals, passes", [((0, 0, 0), 1), ((0, 1, 0), 2)])
+def test_a_background_is_passed_once_a_step_for_all_that_share_it(fit, monkeypatch, normals, passes):
+    method = fit(compensation=True, num_inference_steps=2, batch_size=4)
+    branches, calls = method.dual("hole").branches, []
+    real = branches.background_features
+    monkeypatch.setattr(branches, "background_features", lambda *a: (calls.append(a), real(*a))[1])
+    method.denoised([request(i, of) for i, of in enumerate(normals)])
+    assert len(calls) == 2 * passes
+
+
 @pytest.mark.parametrize("compensation", [False, True])
 def test_as_released_draws_otherwise(fit, compensation):
     ours, released = (fit(compensation=compensation, released=value) for value in (False, True))

@@ -199,3 +199,12 @@ def test_no_verdict_on_downstream_models_that_learned_from_unlike_numbers(agains
     ]
     assert row["verdict"] == (claims.HELD if decided else claims.OPEN)
     assert ("different numbers of samples" in row["why"]) != decided
+
+
+@pytest.mark.parametrize("precision, why", [((0.0, 0.4), "precision is 0.00 against 0.40"), ((0.5, 0.4), "")])
+def test_variety_without_realism_is_named(precision, why):
+    """Garbled pictures raise IS and IC-LPIPS."""
+    frame = results("tiny-ic-lpips", 0.05, methods=("dualanodiff", "crop_paste"))
+    seen = frame["method"].map(dict(zip(("dualanodiff", "crop_paste"), precision)))
+    row = told(claims.judge(pd.concat([frame, frame.assign(metric="tiny-precision", value=seen)])), "dual-diversity")
+    assert row["verdict"] == claims.HELD and why in row["why"] and bool(why) == bool(row["why"])
