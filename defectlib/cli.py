@@ -94,7 +94,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _data_options(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--profile", default="demo", help="smoke, demo, symmetry or paper")
+    sub.add_argument("--profile", default="demo", help=", ".join(params.profile_names()))
     sub.add_argument("--dataset", default="mini", help="mini, mvtec_ad, gdxray, magnetic_tile, ..., or folder")
     sub.add_argument("--data-root", help="where the data set lies; default data/<dataset>")
     sub.add_argument("--split", choices=get_args(params.SplitRule), help="default: the profile's")

@@ -140,7 +140,8 @@ def invert(
     overshoot from side to side, so all but the first go :data:`DAMPING` of the way.
     """
     scheduler.set_timesteps(num_inference_steps)
-    nothing, one = torch.zeros(1), torch.ones(1)
+    # Where the scheduler's own numbers may lie too: its add_noise moves them to what it was last given.
+    nothing, one = latents.new_zeros(1, dtype=torch.float32), latents.new_ones(1, dtype=torch.float32)
     for timestep in scheduler.timesteps.flip(0):
         of_latents = scheduler.step(nothing, timestep, one).prev_sample.item()
         of_prediction = scheduler.step(one, timestep, nothing).prev_sample.item()

@@ -192,6 +192,13 @@ else:
 # %% [markdown]
 # ## One model for all defects: the symmetry-aware system
 #
+# Only the abstract of its paper is at hand. **Stated** there: "cross-class shared low-rank bases with class-dependent
+# coefficients" (CSB-LoRA); branch interaction, background injection and residual fusion adjusted "according to the denoising
+# stage", "from global structure restoration to local defect refinement" (TDAM); "stronger spatial constraints to defect regions and
+# boundary neighborhoods" (SGRL). **Our reading**: one diagonal of coefficients a class between the two bases of every LoRA,
+# $\Delta W_c = \tfrac{\alpha}{r} B\,\mathrm{diag}(1 + d_c)\,A$; gates $2\,\sigma(a + b(\tau - \tfrac12))$ a layer; and
+# weights of the squared error in latent space. Ranks, weights, widths and steps are not stated either.
+#
 # Only where it is among the methods; its parts, one off or changed at a time, are the variants of `PROFILE=symmetry`.
 # DualAnoDiff trains a model for every defect. Here one model draws all of them, by LoRA with bases that all share and
 # coefficients of each class (CSB-LoRA); `tied` has few coefficients a LoRA, `VeRA` frozen random bases and two vectors a class.
@@ -208,10 +215,23 @@ for name in pairs:
     if name in several:
         moves[name], curves[name] = multiclass.moved(fitted, seed), multiclass.gates(fitted, seed)
     if name in several and s.config(name).class_coefficients and not s.config(name).vera:
-        alike[name] = multiclass.similarity(fitted)
+        alike[name] = multiclass.similarity(fitted), list(fitted.areas)
 pd.DataFrame(sizes).T.style.format("{:,}").set_uuid(
     "sizes"
 ) if several else "The symmetry-aware system was not asked for."
+
+# %% [markdown]
+# ### What samples are taken for
+#
+# Rows are the defects that were asked for, columns what a classifier of the real shots takes the samples for; summed over seeds.
+# How far that classifier is to be trusted stands in the protocol of `class_seen` above. Only where the profile asks for it.
+
+# %%
+taken = {name: multiclass.taken_for([records[name, seed] for seed in s.seeds], s.defects) for name in pairs}
+if taken := {name: counts for name, counts in taken.items() if counts.any()}:
+    figure = figures.confusion(dict(list(taken.items())[:6]), list(s.defects), "asked for", "taken for")
+    figures.save(figure, folder, f"symmetry_aware_taken_for_{s.category}")
+    display(figure)
 
 # %% [markdown]
 # ### How alike classes are
@@ -222,7 +242,8 @@ pd.DataFrame(sizes).T.style.format("{:,}").set_uuid(
 
 # %%
 if some := {name: alike[name] for name in ("symmetry_aware", "symmetry_aware_tied") if name in alike}:
-    figure = figures.similarity(some, list(fitted.areas))
+    _, classes = next(iter(some.values()))
+    figure = figures.similarity({name: cosines for name, (cosines, _) in some.items()}, classes)
     figures.save(figure, folder, f"symmetry_aware_similarity_{s.category}")
     display(figure)
 
@@ -231,7 +252,9 @@ if some := {name: alike[name] for name in ("symmetry_aware", "symmetry_aware_tie
 #
 # TDAM's three gates of every layer over the share of noise: how strongly a background is read, how strongly the branches
 # interact, and how strongly an attention layer's output is added. At 1 everywhere they are DualAnoDiff; drawing goes from right
-# to left. Without background compensation the first acts on nothing, and stays where it started.
+# to left. Without background compensation the first acts on nothing, and stays where it started. "From global structure to local
+# refinement" would have interaction and fusion rise to the left, as the prior has it; the lines below the picture count what was
+# learned.
 
 # %%
 gated = {name: own for name, own in curves.items() if s.config(name).gates in ("neutral", "prior")}
@@ -242,12 +265,18 @@ if lines:
     figure = figures.gates(lines)
     figures.save(figure, folder, f"symmetry_aware_gates_{s.category}", lines)
     display(figure)
+for name, own in gated.items():
+    for row in multiclass.leaning(own).itertuples():
+        print(
+            f"{layout.method_title(name)}, {row.kind}: higher at the noisy end in {row.higher} of {row.layers} layers"
+        )
 
 # %% [markdown]
 # ### Where the loss looks
 #
 # SGRL's weights of the first shots of each defect, in latent cells: the defect, and a band around its boundary. Their mean is 1,
-# and the defect takes half of all weight at most; white is the largest weight of a map, which the line below it names.
+# and a defect that covers less than half takes half of all weight at most; white is the largest weight of a map, which the line
+# below it names.
 
 # %%
 if "symmetry_aware" in several:

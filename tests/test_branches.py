@@ -263,3 +263,13 @@ def test_the_counts_of_stable_diffusion(released, bcm):
         )  # fmt: skip
         counts = BranchUNet(unet, 32, 0, compensation=True, released=released).counts()
     assert {part: round(n / 1e6, 2) for part, n in counts.items()} == {"LoRA": 12.75, "SAIM": 124.08, "BCM": bcm}
+
+
+@pytest.mark.parametrize("call", ["disable_adapters", "fuse_lora"])
+def test_a_helper_that_switches_lora_off_is_an_error(untrained, call):
+    branches = disturbed(BranchUNet(untrained.unet, 4, 0, interaction=False))
+    noisy, text = rows(untrained)
+    getattr(branches.unet, call)()
+    for refuses in (branches.check, lambda: branches(noisy, STEP, text)):
+        with pytest.raises(RuntimeError, match="LoRA is switched off, or merged"):
+            refuses()

@@ -13,6 +13,9 @@ PROJECTIONS = ["to_q", "to_k", "to_v", "to_out.0"]
 BRANCHES = ("image", "part")
 BASE = "__base__"
 """peft's name for a row that takes no LoRA."""
+SWITCHED_OFF = (
+    "LoRA is switched off, or merged into the base's weights, by a helper call: the branches add it themselves"
+)
 
 
 class Route:
@@ -31,6 +34,8 @@ class Route:
 
     def __call__(self, layer: nn.Module, arguments: tuple, named: dict) -> tuple[tuple, dict]:
         """Before a layer: peft is told that no row takes any."""
+        if layer.disable_adapters or layer.merged:
+            raise RuntimeError(SWITCHED_OFF)
         self.entered = layer
         return arguments, named | {"adapter_names": [BASE] * len(arguments[0])}
 

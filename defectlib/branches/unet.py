@@ -17,7 +17,7 @@ from defectlib.branches.classes import START, ClassScaled, Rows
 from defectlib.branches.compensation import Compensation
 from defectlib.branches.gates import Gates, Schedule
 from defectlib.branches.interaction import FoldedInteraction, Interaction
-from defectlib.branches.routing import BRANCHES, PROJECTIONS, FoldedLora, Route, lora
+from defectlib.branches.routing import BRANCHES, PROJECTIONS, SWITCHED_OFF, FoldedLora, Route, lora
 from defectlib.branches.vera import put_vera
 
 PASS = ("down", "mid", "up")
@@ -161,6 +161,8 @@ class BranchUNet(nn.Module):
             raise RuntimeError(
                 f"{lost} attention layers lost their processor, {len(routed)} of {wanted} projections have routed LoRA"
             )
+        if any(m.disable_adapters or m.merged for m in routed):
+            raise RuntimeError(SWITCHED_OFF)
         if any(set(m.active_adapters) != set(BRANCHES) for m in routed):
             raise RuntimeError("one branch's LoRA is not active: it would be frozen, and left out of the prediction")
 

@@ -37,6 +37,8 @@ from defectlib.types import Request, Sample, Shot
 # What starts from noise: each has a stream of its own under one seed.
 IMAGE, PART, BACKGROUND = range(3)
 ENDED = "ended"
+DEFECTS = "defects"
+"""In a file of weights: whose they are. Of as many other defects they would load, and draw those."""
 
 
 class PairConfig(MethodConfig):
@@ -357,10 +359,15 @@ class PairMethod:
         latents = [self._encode(background(normal)[None], "background") for normal in distinct.values()]
         return torch.cat(latents), [order.index(key) for key in keys]
 
+    def _drawn_by(self, group: str) -> list[str]:
+        """The defects of a group in the order of its classes."""
+        return [defect for defect in self.areas if self.group(defect) == group]
+
     def save(self, folder: Path) -> None:
         """What was trained, a file a group, and the configuration."""
         for group, state in self.states.items():
-            paths.write_bytes(folder / f"{group}.safetensors", safetensors.torch.save(state))
+            told = {DEFECTS: json.dumps(self._drawn_by(group))}
+            paths.write_bytes(folder / f"{group}.safetensors", safetensors.torch.save(state, told))
         described = {
             "config": self.config.model_dump(),
             "backbone": self.backbone.digest,
@@ -375,7 +382,7 @@ class PairMethod:
         """Read what :meth:`save` wrote.
 
         Raises:
-            ValueError: It was fitted on another base model, or with another rank or other parts.
+            ValueError: It was fitted on another base model, on other defects, or with another rank or other parts.
         """
         described = json.loads((folder / "method.json").read_text())
         method = cls(cls.Config(**described["config"]), backbone)
@@ -385,7 +392,14 @@ class PairMethod:
         method._dual = method.untrained(0).requires_grad_(False)
         for group, curve in described["curves"].items():
             file = folder / f"{group}.safetensors"
-            method.states[group] = safetensors.torch.load_file(file)
+            with safetensors.safe_open(file, "pt") as held:
+                told = json.loads((held.metadata() or {}).get(DEFECTS, "null"))
+                method.states[group] = {name: held.get_tensor(name) for name in held.keys()}  # noqa: SIM118
+            if told != (wanted := method._drawn_by(group)):
+                raise ValueError(
+                    f"{file} was fitted on {', '.join(told or ['defects that it does not name'])}, not on "
+                    f"{', '.join(wanted)}: fit it anew"
+                )
             method.curves[group] = [tuple(point) for point in curve]
             method._dual.expect(method.states[group], file)
         return method

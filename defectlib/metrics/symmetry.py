@@ -23,7 +23,8 @@ ANGLES = (30, 36, 40, 45, 60, 72, 90, 120, 180)
 OVERLAP = 0.6
 """Least share of the image on which it is compared with its own copy."""
 PERIOD = 1 / 16
-"""Least length of a period, as a share of the side: an image always resembles itself moved by a pixel."""
+"""Least length of a period, as a share of the side. It must be a peak besides: smooth images resemble themselves moved
+by a little, the less the farther."""
 
 
 class Symmetry(NamedTuple):
@@ -34,12 +35,14 @@ class Symmetry(NamedTuple):
         correlation: Of the image with its copy, in [-1, 1], over their overlap.
         residual: |image - copy| in grey levels of 255, mean over channels, (H, W); NaN where there is no copy.
         covered: Where the copy of the mask lies, bool (H, W).
+        shift: By which the copy is moved, rows and columns in px: the period itself where that is the kind.
     """
 
     kind: str
     correlation: float
     residual: NDArray[np.float64]
     covered: NDArray[np.bool_]
+    shift: tuple[int, int]
 
 
 def correlations(fixed: NDArray, moving: NDArray, there: NDArray) -> tuple[NDArray, NDArray]:
@@ -97,18 +100,21 @@ def best_symmetry(image: Tensor, mask: Tensor) -> Symmetry:
     grey, best = picture.mean(-1), None
     for kind, copy, there, covered in _copies(picture, defect):
         found, overlap = correlations(grey, copy.mean(-1), there)
-        found = np.where(overlap >= OVERLAP * h * w, found, -1.0)
+        asked = overlap >= OVERLAP * h * w
         if kind == "period":
             rows, columns = np.ogrid[1 - h : h, 1 - w : w]
-            found = np.where(np.hypot(rows, columns) >= PERIOD * min(h, w), found, -1.0)
+            asked &= np.hypot(rows, columns) >= PERIOD * min(h, w)
+            asked &= found >= ndimage.maximum_filter(found, 3)
+        found = np.where(asked, found, -1.0)
         at = np.unravel_index(found.argmax(), found.shape)
         if best is None or found[at] > best[1]:
             best = kind, float(found[at]), copy, there, covered, (at[0] - h + 1, at[1] - w + 1)
     kind, value, copy, there, covered, shift = best
+    shift = tuple(map(int, shift))
     valid = ndimage.shift(there.astype(float), shift, order=0) > 0.5
     moved = ndimage.shift(copy, (*shift, 0), order=0)
     residual = np.where(valid, np.abs(picture - moved).mean(-1), np.nan)
-    return Symmetry(kind, value, residual, ndimage.shift(covered.astype(float), shift, order=0) > 0.5)
+    return Symmetry(kind, value, residual, ndimage.shift(covered.astype(float), shift, order=0) > 0.5, shift)
 
 
 def asymmetry(images: Sequence[Tensor], masks: Sequence[Tensor]) -> pd.DataFrame:

@@ -189,12 +189,19 @@ def _legend_entries(methods: list[str], colours: dict[str, str]) -> tuple[list, 
 
 
 @_styled
-def confusion(matrices: Mapping[str, np.ndarray] | np.ndarray, labels: Sequence[str]) -> Figure:
+def confusion(
+    matrices: Mapping[str, np.ndarray] | np.ndarray,
+    labels: Sequence[str],
+    rows: str = "true defect",
+    columns: str = "classified as",
+) -> Figure:
     """Confusion matrices: rows are the true defects, columns what the classifier said; shade is the share of the row.
 
     Args:
         matrices: Counts (C, C), or several by method.
         labels: The C defects in order.
+        rows: What the rows are.
+        columns: What the columns are.
 
     Raises:
         ValueError: A matrix that does not fit the labels.
@@ -204,8 +211,8 @@ def confusion(matrices: Mapping[str, np.ndarray] | np.ndarray, labels: Sequence[
     _check_square(counts, labels)
     shares = {name: own / np.maximum(own.sum(axis=1, keepdims=True), 1) for name, own in counts.items()}
     figure, axes = _matrices(shares, {name: own.astype(int) for name, own in counts.items()}, labels, "Blues", (0, 1))
-    axes[0].set_ylabel("true defect")
-    figure.supxlabel("classified as", fontsize=9)
+    axes[0].set_ylabel(rows)
+    figure.supxlabel(columns, fontsize=9)
     return _settled(figure)
 
 

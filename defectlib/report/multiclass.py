@@ -6,6 +6,8 @@ Each function looks at one fitted method, so that a notebook need not hold sever
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -52,6 +54,30 @@ def gates(method: SymmetryAware, seed: int) -> pd.DataFrame:
         for values in zip(TAU.tolist(), *both, strict=True)
     ]
     return pd.DataFrame(rows, columns=["kind", "block", "layer", "tau", "gate", "start"])
+
+
+def leaning(curves: pd.DataFrame) -> pd.DataFrame:
+    """How many layers' gates are higher at the noisy end than at the clean one: columns kind, higher, layers.
+
+    Args:
+        curves: As :func:`gates` gives them. A gate whose ends differ by less than :data:`STAYED` leans to neither.
+    """
+    ends = curves.groupby(["kind", "layer"], sort=False)["gate"].agg(["first", "last"])
+    higher = (ends["last"] - ends["first"]).gt(STAYED).groupby(level="kind", sort=False).agg(["sum", "count"])
+    return higher.set_axis(["higher", "layers"], axis=1).reset_index()
+
+
+def taken_for(records: Sequence[dict[str, Any]], defects: Sequence[str]) -> np.ndarray:
+    """What a classifier of the shots takes samples for: counts (C, C), rows what was asked for, over all records.
+
+    Args:
+        records: Of the quality stage, with ``class_seen``.
+        defects: The C classes in order.
+    """
+    counts = np.zeros((len(defects),) * 2, int)
+    for row in (row for record in records for row in record["metrics"] if "seen_as" in row["protocol"]):
+        counts[defects.index(row["defect"])] += [row["protocol"]["seen_as"][name] for name in defects]
+    return counts
 
 
 def _block(layer: str) -> str:

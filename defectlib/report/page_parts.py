@@ -52,6 +52,7 @@ CAPTIONS = {
     "fig_5_ablation": "Every method with one part changed at a time, for the same seeds; masks outlined.",
     "dualanodiff_fig_4": "As in DualAnoDiff Fig. 4: a normal image, the background that is read of it, and pairs "
     "drawn by the models without and with background compensation.",
+    "symmetry_aware_taken_for": "What a classifier of the shots takes the samples of each defect for, by method.",
     "symmetry_aware_similarity": "How alike the symmetry-aware system's classes are: cosines of how their coefficients "
     "depart from what all share, over all layers.",
     "symmetry_aware_gates": "The symmetry-aware system's gates (TDAM) over the share of noise, by depth; dashed: the "

@@ -188,6 +188,9 @@ def test_bad_input_is_one_sentence(whole, untrained, tmp_path):
         fitted(SymmetryAware, SymmetryAwareConfig(**QUICK, tie_blocks=3), SHOTS, untrained, tmp_path)
     whole.save(tmp_path)
     text = (tmp_path / "method.json").read_text()
-    (tmp_path / "method.json").write_text(text.replace('"dent": [', '"dent": [0.1, 0.2], "burn": ['))
-    with pytest.raises(ValueError, match=r"all\.safetensors was fitted with other parts"):
-        SymmetryAware.load(tmp_path, untrained)
+    for other in ('"dent": [0.1, 0.2], "burn": [', '"burn": ['):  # one class more, and as many of another name
+        (tmp_path / "method.json").write_text(text.replace('"dent": [', other))
+        with pytest.raises(
+            ValueError, match=r"all\.safetensors was fitted on hole, dent, not on hole, .*burn: fit it anew"
+        ):
+            SymmetryAware.load(tmp_path, untrained)

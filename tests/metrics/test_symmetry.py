@@ -48,6 +48,20 @@ def test_the_symmetry_is_found_and_the_spot_breaks_it(field, kind):
     assert found.covered.sum() <= 36, "the spot's copy, where it lies in the image, is not counted as outside"
 
 
+@pytest.mark.parametrize("seed", [3, 4, 6, 7])
+def test_a_smooth_image_moved_by_a_little_is_no_period(seed):
+    """Shading correlates more with itself moved by 3 px than under any symmetry; that is no peak."""
+    field = torch.randn(1, 1, 5, 5, generator=torch.Generator().manual_seed(seed))
+    shading = torch.nn.functional.interpolate(field, (SIDE, SIDE), mode="bicubic")[0, 0] / 3
+    found = symmetry.best_symmetry(*spotted(0.5 * periodic() + 0.8 * shading))
+    assert found.kind != "period" or np.hypot(*found.shift) >= 12
+
+
+def test_a_period_is_told_in_px():
+    found = symmetry.best_symmetry(*spotted(periodic()))
+    assert found.kind == "period" and any(found.shift) and all(step % 12 == 0 for step in found.shift)
+
+
 def test_a_field_without_symmetry_has_none():
     found = symmetry.best_symmetry(*spotted(smooth(5)))
     assert found.correlation < 0.7

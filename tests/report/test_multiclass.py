@@ -60,3 +60,24 @@ def test_gates_are_told_in_the_order_of_a_pass(model):
 def test_of_vera_vectors_are_told(model):
     parts = multiclass.moved(model(lambda name, v: v, vera=True, gates=None), 3)["part"]
     assert list(parts) == ["vectors of VeRA"]
+
+
+def test_gates_lean_to_the_end_where_they_are_higher(model):
+    """The prior has backgrounds early (b = 2), interaction and fusion late (b = -1); what is even leans nowhere."""
+    found = multiclass.leaning(multiclass.gates(model(lambda name, v: v, gates="prior"), 3)).set_index("kind")
+    layers = found.loc["background", "layers"]
+    assert layers > 0 and found.loc["background", "higher"] == layers == found.loc["fusion", "layers"]
+    assert found.loc["interaction", "higher"] == found.loc["fusion", "higher"] == 0
+    assert multiclass.leaning(multiclass.gates(model(lambda name, v: v), 3))["higher"].eq(0).all()
+
+
+def test_what_samples_are_taken_for_is_summed_over_seeds():
+    def record(*rows):
+        told = [{"metric": "class_seen", "defect": d, "protocol": {"seen_as": seen}} for d, seen in rows]
+        return {"metrics": [{"metric": "tiny-kid", "defect": "hole", "protocol": {}}, *told]}
+
+    both = [
+        record(("hole", {"hole": 3, "dent": 1}), ("dent", {"hole": 4, "dent": 0})),
+        record(("hole", {"hole": 2, "dent": 2})),
+    ]
+    assert multiclass.taken_for(both, ["hole", "dent"]).tolist() == [[5, 3], [4, 0]]
