@@ -198,22 +198,23 @@ figure
 # ## The denoising loop
 #
 # A sample starts as noise, and a deterministic loop (DDIM) follows the UNet's guess. The loop calls hooks with the
-# fraction of the schedule that is done; here a hook keeps the first sample's predicted $z_0$ of every step. The prompts
-# are those of held-out pictures of the generated world: the base model's own language.
+# fraction of the schedule that is done; here a hook keeps one sample's predicted $z_0$ of every step. The prompts
+# are those of held-out pictures of the generated world, two of each kind: the base model's own language.
 
 # %%
-pictures = [picture for picture in world.pool(12, 0) if picture.kind in ("surface", "object")][-3:]
+pool = world.pool(60, 0)
+pictures = [picture for kind in world.KINDS for picture in [one for one in pool if one.kind == kind][:2]]
 prompts = [picture.prompt for picture in pictures]
 seen = []
 
 
 def keep(done, latents, pred_x0):
-    seen.append((done, pred_x0[:1]))
+    seen.append((done, pred_x0[-1:]))
     return latents
 
 
 own = diffusion.denoise(
-    diffusion.prompted(base, prompts, 3.0),
+    diffusion.prompted(base, prompts, 1.5),
     diffusion.noise_like(range(len(prompts)), shape).to(base.device),
     base.scheduler,
     30,
@@ -231,8 +232,8 @@ figure
 # ## What it draws
 #
 # The world's picture of each prompt, what the base model draws for the same words from noise, and what it draws from the same
-# noise without a word. `tiny` draws surfaces and blots rather than objects: outlines come out ragged, and words decide
-# tone and kind more than form.
+# noise without a word. `tiny` draws white silhouettes, small parts on grey, and surfaces of the tone that is asked for, about half
+# of them with their pattern; objects come out as ragged blots. Words decide tone and kind more than form.
 
 # %%
 start = diffusion.noise_like(range(len(prompts)), shape).to(base.device)
@@ -240,13 +241,11 @@ unasked = diffusion.denoise(diffusion.prompted(base, [""]), start, base.schedule
 figure = figures.sheet(
     [[picture.image for picture in pictures], list(base.decode(own)), list(base.decode(unasked))],
     row_labels=["world", "drawn", "drawn without\na prompt"],
+    column_labels=prompts,
     scale=128 / s.size,
 )
 figures.save(figure, folder, f"zero_shot_world_{s.category}")
 figure
-
-# %%
-pd.DataFrame({"column": range(1, len(prompts) + 1), "prompt": prompts}).set_index("column")
 
 # %% [markdown]
 # ## Inversion
