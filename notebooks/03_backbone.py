@@ -209,12 +209,12 @@ seen = []
 
 
 def keep(done, latents, pred_x0):
-    seen.append((done, pred_x0[-1:]))
+    seen.append((done, pred_x0[3:4]))
     return latents
 
 
 own = diffusion.denoise(
-    diffusion.prompted(base, prompts, 1.5),
+    diffusion.prompted(base, prompts, 2.0),
     diffusion.noise_like(range(len(prompts)), shape).to(base.device),
     base.scheduler,
     30,
