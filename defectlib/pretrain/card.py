@@ -56,7 +56,8 @@ A latent diffusion model of {parameters:.1f} M parameters in Stable Diffusion 1.
 images of 64 px, with which every method runs from end to end without a download. Of the world in
 `defectlib/data/world.py` it draws white silhouettes, small parts on grey, and surfaces of the tone that is asked for,
 about half of them with their pattern; objects come out as ragged blots, and a prompt decides tone and kind more than
-form (`03_backbone` shows two of each kind, with a prompt and without). It was trained on {seen:,} pictures in all, counted with repeats; it is of no use as a picture generator.
+form (`03_backbone` shows two of each kind, with a prompt and without). It was trained on
+{seen:,} pictures in all, counted with repeats; it is of no use as a picture generator.
 
 ## Made by
 

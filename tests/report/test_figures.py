@@ -299,3 +299,13 @@ def test_gates_have_a_row_a_method_and_a_line_a_layer():
 def test_figures_display_themselves():
     png = figures.sheet([[image()]])._repr_png_()
     assert png.startswith(b"\x89PNG")
+
+
+def test_a_rare_colour_stays_what_it_is():
+    """A blue scratch of 60 pixels among pictures of many other colours, in the few colours of a notebook's page."""
+    rng = np.random.default_rng(0)
+    cells = [torch.from_numpy(rng.uniform(-0.3, 0.3, (3, 64, 64)).astype(np.float32)) for _ in range(8)]
+    cells[0][:, 30:32, 10:40] = torch.tensor([-1.0, 0.6, 0.9])[:, None, None]
+    with Image.open(io.BytesIO(sheet.png(figures.sheet([cells]), 100, 56))) as picture:
+        shown = np.asarray(picture.convert("RGB")).astype(int)
+    assert (np.abs(shown - (0, 204, 242)).max(-1) < 40).sum() > 100
