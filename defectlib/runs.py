@@ -20,7 +20,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -122,6 +122,25 @@ def git_state() -> tuple[str, bool]:
         return git("rev-parse", "HEAD"), bool(changed)
     except (OSError, subprocess.CalledProcessError):
         return "unknown", True
+
+
+def stopwatch() -> tuple[str, Callable[[], float]]:
+    """What time is told by, and its seconds since now.
+
+    "cpu": of this process, where it computes on one thread of a processor, so that jobs beside it do not count; else
+    "wall": the clock's, after the accelerator has come to an end where there is one.
+    """
+    import torch
+
+    def wall() -> float:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    alone = not torch.cuda.is_available() and torch.get_num_threads() == 1
+    name, read = ("cpu", time.process_time) if alone else ("wall", wall)
+    start = read()
+    return name, lambda: read() - start
 
 
 def device_name() -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from math import ceil
@@ -62,14 +61,14 @@ def fit(s: Study, method: str, seed: int) -> dict[str, Any]:
             return record
         with runs.stage(folder, "fit", key, s.identity(method, seed), values, {"split": s.data_key(seed)}) as metrics:
             fitted = kind(config, s.backbone(method))
-            clock = time.perf_counter()
+            clock, passed = runs.stopwatch()
             shots, normals = (
                 [item for one in covered for item in read(one)]
                 for read in (lambda one: one.learned(method, seed), lambda one: one.normals(seed))
             )
             fitted.fit(shots, normals, prompts=s.prompts(), seed=seed, workdir=folder.model)
             fitted.save(folder.model)
-            metrics.append({"metric": "fit_s", "value": time.perf_counter() - clock})
+            metrics.append({"metric": "fit_s", "value": passed(), "protocol": {"clock": clock}})
             for defect, n in getattr(fitted, "left_out", {}).items():  # of methods that cannot learn from every shot
                 metrics.append({"metric": "shots_left_out", "value": float(n), "defect": defect})
     return folder.record("fit")
@@ -120,9 +119,9 @@ def sample(s: Study, method: str, seed: int) -> dict[str, Any]:
                 why = {"n_generated": 0, "why_withheld": str(error)}
                 metrics.append({"metric": "mask_area", "value": None, "defect": defect, "protocol": why})
         fresh = not (folder.path / "images").exists()
-        clock = time.perf_counter()
+        clock, passed = runs.stopwatch()
         report = sampling.draw(fitted, requests, folder.path, progress="DEFECTLIB_BATCH" not in os.environ)
-        seconds = time.perf_counter() - clock
+        seconds = passed()
         for defect, rows in report.groupby("defect", sort=False):
             share = {"defect": defect, "protocol": {"n_generated": len(rows)}}
             metrics.append({"metric": "mask_area", "value": float(rows["area"].mean()), **share})
@@ -148,7 +147,7 @@ def sample(s: Study, method: str, seed: int) -> dict[str, Any]:
             reasons = {"n_generated": len(report), "reasons": dict(refused)}
             metrics.append({"metric": "masks_refused", "value": float(refused.total()), "protocol": reasons})
         # After a restart part of the drawing was done by an earlier process: its speed is not known.
-        protocol = {"n_generated": len(report), "image_size": s.size}
+        protocol = {"n_generated": len(report), "image_size": s.size, "clock": clock}
         fresh = fresh and len(report) > 0
         speed = {"pairs_per_second": len(report) / seconds, "seconds_per_image": seconds / max(1, len(report))}
         metrics.extend({"metric": m, "value": v if fresh else None, "protocol": protocol} for m, v in speed.items())

@@ -1,6 +1,8 @@
 import json
+import time
 
 import pytest
+import torch
 
 from defectlib import runs
 from defectlib.runs import RunFolder
@@ -87,3 +89,15 @@ def test_the_record_is_a_birth_certificate(folder):
     record = folder.record("fit")
     assert record["versions"]["torch"] and record["device"] and record["wall_s"] >= 0 and record["peak_memory_mb"] > 0
     assert {"git_sha", "dirty", "parameters", "inputs", "started", *IDENTITY} <= set(record)
+
+
+@pytest.mark.parametrize("threads, clock", [(1, "cpu"), (2, "wall")])
+def test_on_one_thread_waiting_for_others_does_not_count(threads, clock):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        name, passed = runs.stopwatch()
+    finally:
+        torch.set_num_threads(before)
+    time.sleep(0.3)
+    assert name == clock and (passed() >= 0.3) == (clock == "wall")

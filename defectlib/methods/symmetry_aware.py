@@ -158,24 +158,38 @@ class SymmetryAware(PairMethod):
         self.states[GROUP], self._dual, self._holds = before | rows, None, ""
         return curve
 
-    def between(self, first: str, second: str, share: float) -> Dual:
-        """The model of what lies between two defects: ``share`` of the second's coefficients, the rest the first's.
+    def between(self, request: Request, other: str, shares: Sequence[float]) -> tuple[Tensor, Tensor]:
+        """A request's pair on its way to another defect, from the same noise.
+
+        Args:
+            request: Of the defect that it starts from.
+            other: The defect that it goes to.
+            shares: Of the other's coefficients, the rest are the request's: 0 is the pair that it asks for.
+
+        Returns:
+            Images and parts, (K, 3, H, W) in [-1, 1], one for each share.
 
         Raises:
             ValueError: The fit has one LoRA for all classes, or a defect was not learned.
         """
+        first = self.name_of(request)
         if not self.config.class_coefficients:
             raise ValueError("one LoRA for all classes holds nothing between two: fit with class_coefficients")
         order = list(self.areas)
-        if unknown := sorted({first, second} - set(order)):
+        if unknown := sorted({first, other} - set(order)):
             raise ValueError(f"{self.title} was fitted on {', '.join(order)}, not on '{unknown[0]}'")
-        mixed = torch.zeros(1, len(order))
-        mixed[0, order.index(first)] += 1 - share
-        mixed[0, order.index(second)] += share
-        dual = self.dual(first)
-        dual.load_trained(self.states[GROUP], mixed)
-        self._holds = ""
-        return dual
+        drawn = []
+        try:
+            for share in shares:
+                mixed = torch.zeros(1, len(order))
+                mixed[0, order.index(first)] += 1 - share
+                mixed[0, order.index(other)] += share
+                self.dual(first).load_trained(self.states[GROUP], mixed)
+                drawn.append(self.denoised([request]))
+        finally:
+            self._holds = ""  # its weights are of no defect
+        images, parts = zip(*drawn, strict=True)
+        return torch.cat(images), torch.cat(parts)
 
     def step(self, dual: Dual, pictures: Pictures, shots: Sequence[Shot]) -> Callable[[Tensor], dict[str, Any]]:
         """Classes of the rows, and SGRL's weights, which are computed once a picture."""

@@ -116,15 +116,11 @@ def test_what_is_few_moves_by_its_own_rate(untrained, tmp_path):
 
 
 def test_between_two_defects_lie_both_ends(whole):
-    at = {}
-    for share in (0.0, 0.5, 1.0):
-        whole.between("hole", "dent", share)
-        whole._holds = "hole"  # what denoised asks for
-        at[share] = whole.denoised([request("hole")])[0]
-        whole._holds = ""
-    ends = [whole.denoised([request(defect)])[0] for defect in ("hole", "dent")]
-    assert torch.allclose(at[0.0], ends[0], atol=1e-4) and torch.allclose(at[1.0], ends[1], atol=1e-4)
-    assert (at[0.5] - ends[0]).abs().max() > 1e-3 and (at[0.5] - ends[1]).abs().max() > 1e-3
+    images, parts = whole.between(request("hole"), "dent", (0.0, 0.5, 1.0))
+    assert images.shape == parts.shape and len(images) == 3
+    ends = [whole.denoised([request(defect)])[0][0] for defect in ("hole", "dent")]
+    assert torch.allclose(images[0], ends[0], atol=1e-4) and torch.allclose(images[2], ends[1], atol=1e-4)
+    assert (images[1] - ends[0]).abs().max() > 1e-3 and (images[1] - ends[1]).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("form", [{}, {"tie_blocks": 2}, {"vera": True}])
@@ -167,10 +163,10 @@ def test_bad_input_is_one_sentence(whole, untrained, tmp_path):
     with pytest.raises(ValueError, match="the symmetry-aware system was fitted on hole, dent, not on 'crack'"):
         whole.sample([request("crack")])
     with pytest.raises(ValueError, match="fitted on hole, dent, not on 'crack'"):
-        whole.between("hole", "crack", 0.5)
+        whole.between(request("hole"), "crack", [0.5])
     shared = SymmetryAware(SymmetryAwareConfig(**QUICK | OFF), untrained)
     with pytest.raises(ValueError, match="holds nothing between two"):
-        shared.between("hole", "dent", 0.5)
+        shared.between(request("hole"), "dent", [0.5])
     where = {"seed": 0, "workdir": tmp_path}
     with pytest.raises(ValueError, match="is not fitted: a new class needs the bases of others"):
         shared.learn([shot("burn", 0)], **where)
