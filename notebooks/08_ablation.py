@@ -248,6 +248,25 @@ if some := {name: alike[name] for name in ("symmetry_aware", "symmetry_aware_tie
     display(figure)
 
 # %% [markdown]
+# ### Between two classes
+#
+# Coefficients can be mixed: one pair, from the same noise, on its way from the first defect to the second.
+
+# %%
+own = s.config("symmetry_aware") if "symmetry_aware" in several and len(s.defects) > 1 else None
+if own and own.class_coefficients and own.scope == "category":
+    to, shares = s.defects[1], [0.0, 0.25, 0.5, 0.75, 1.0]
+    plan = sampling.plan(s.shots(seed), s.normals(seed), 1, None, seed, s.prompts(), s.all_defects, 1)
+    start = next(request for request in plan if request.defect == s.defects[0])
+    images, parts = s.load("symmetry_aware", seed).between(start, to, shares)
+    labels = [f"{share:.0%} {to}" for share in shares]
+    figure = figures.sheet(
+        [list(images), list(parts)], row_labels=["image", "part"], column_labels=labels, scale=96 / s.size
+    )
+    figures.save(figure, folder, f"symmetry_aware_between_{s.category}")
+    display(figure)
+
+# %% [markdown]
 # ### Gates over the denoising
 #
 # TDAM's three gates of every layer over the share of noise: how strongly a background is read, how strongly the branches

@@ -55,6 +55,8 @@ CAPTIONS = {
     "symmetry_aware_taken_for": "What a classifier of the shots takes the samples of each defect for, by method.",
     "symmetry_aware_similarity": "How alike the symmetry-aware system's classes are: cosines of how their coefficients "
     "depart from what all share, over all layers.",
+    "symmetry_aware_between": "One pair of the symmetry-aware system, from one noise, on its way from one class to "
+    "another.",
     "symmetry_aware_gates": "The symmetry-aware system's gates (TDAM) over the share of noise, by depth; dashed: the "
     "start.",
     "symmetry_aware_weights": "Where the symmetry-aware system's loss looks (SGRL): shots with outlined masks, and the "
