@@ -209,7 +209,7 @@ def stage(
 
 @contextlib.contextmanager
 def alone(folder: RunFolder) -> Iterator[None]:
-    """Within it no other process of this machine is: several categories may ask for one fit at once."""
+    """Within it no other process of this machine is: two notebooks may ask for one fit at once."""
     folder.path.mkdir(parents=True, exist_ok=True)
     with open(folder.path / ".lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)

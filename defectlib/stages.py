@@ -6,7 +6,6 @@ the same parameters is read, not repeated, so a notebook runs alone, in a batch,
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import os
 from collections import Counter
@@ -56,7 +55,7 @@ def fit(s: Study, method: str, seed: int) -> dict[str, Any]:
     if kind.needs_backbone:
         values |= {"prompts": s.prompts(), "backbone": {s.settings.backbone: backbone.digest(s.settings.backbone)}}
     folder, key = s.folder(method, seed), runs.stage_key(values, [one.data_key(seed) for one in covered])
-    with runs.alone(folder) if len(covered) > 1 else contextlib.nullcontext():
+    with runs.alone(folder):
         if (record := folder.complete("fit", key)) is not None:
             return record
         with runs.stage(folder, "fit", key, s.identity(method, seed), values, {"split": s.data_key(seed)}) as metrics:
