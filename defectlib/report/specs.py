@@ -117,8 +117,8 @@ SPECS = {
         rows="category",
         note=(
             "Published: one defect (wood, hole), 256 px, 50 epochs, batch 1, 500 pairs, RTX 4090. The profile table_4 "
-            "is this protocol; any other is a reduced form: its own fit and draw, on the machine named with each run, in "
-            "seconds of the processor where one thread computes."
+            "is this protocol; any other is a reduced form: its own fit and draw, on the machine named with each run, "
+            "in seconds of the processor where one thread computes."
         ),
         profile="table_4",
     ),
