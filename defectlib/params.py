@@ -137,11 +137,26 @@ class Keep(Strict):
     by: Literal["nearest_shot", "mask_seen"]
 
 
-class FewerShots(Strict):
-    """What a variant learns from: the first ``most`` shots of every defect, or so few of the first defect alone."""
+class VariantShots(Strict):
+    """What a variant learns from, and when.
 
-    most: int = Field(ge=1)
+    Attributes:
+        most: The first so many shots of each defect; None: all.
+        of: "first": ``most`` is of the first defect alone.
+        others: The first so many shots of the others then; None: all.
+        last_later: The last defect is learned after the others, with all that classes share frozen.
+    """
+
+    most: int | None = Field(None, ge=1)
     of: Literal["every", "first"] = "every"
+    others: int | None = Field(None, ge=1)
+    last_later: bool = False
+
+    @model_validator(mode="after")
+    def _of_the_first(self) -> VariantShots:
+        if self.others and self.of != "first":
+            raise ValueError('others limits the defects beside the first: it asks for of: "first"')
+        return self
 
 
 class Variant(Strict):
@@ -149,8 +164,9 @@ class Variant(Strict):
 
     ``released`` starts from the values of the code that the paper's authors released. A variant has a fit of its own
     only where a field is changed that the fit reads. ``only = "objects"`` leaves it out where the surface fills the
-    frame, as DualAnoDiff's background compensation asks. ``shots`` fits on fewer of them: few of each defect, or
-    unequal numbers. ``keep`` draws nothing: it keeps the better ones of the samples that the method itself drew.
+    frame, as DualAnoDiff's background compensation asks. ``shots`` fits on fewer of them, on unequal numbers, or on the
+    last defect after the others (left out where there is one defect). ``keep`` draws nothing: it keeps the better ones
+    of the samples that the method itself drew.
     """
 
     of: str
@@ -158,7 +174,7 @@ class Variant(Strict):
     config: dict[str, Any] = {}
     mask_source: MaskSourceName | None = None
     only: Literal["objects"] | None = None
-    shots: FewerShots | None = None
+    shots: VariantShots | None = None
     keep: Keep | None = None
 
     @model_validator(mode="after")

@@ -50,8 +50,8 @@ def fit(s: Study, method: str, seed: int) -> dict[str, Any]:
     s = covered[0]
     config, kind = s.config(method), s.method_of(method)
     values = {"method": kind.name, "config": config.fit_values(), "seed": seed}
-    if few := s.fewer(method):
-        values["shots"] = few.model_dump()
+    if asked := s.taught(method):
+        values["shots"] = asked.model_dump()
     if kind.needs_backbone:
         values |= {"prompts": s.prompts(), "backbone": {s.settings.backbone: backbone.digest(s.settings.backbone)}}
     folder, key = s.folder(method, seed), runs.stage_key(values, [one.data_key(seed) for one in covered])
@@ -65,7 +65,10 @@ def fit(s: Study, method: str, seed: int) -> dict[str, Any]:
                 [item for one in covered for item in read(one)]
                 for read in (lambda one: one.learned(method, seed), lambda one: one.normals(seed))
             )
+            shots, later = s.in_turn(method, shots)
             fitted.fit(shots, normals, prompts=s.prompts(), seed=seed, workdir=folder.model)
+            if later:
+                fitted.learn(later, seed=seed, workdir=folder.model)
             fitted.save(folder.model)
             metrics.append({"metric": "fit_s", "value": passed(), "protocol": {"clock": clock}})
             for defect, n in getattr(fitted, "left_out", {}).items():  # of methods that cannot learn from every shot

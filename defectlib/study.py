@@ -27,7 +27,7 @@ from defectlib.masks.sources import MaskSource
 from defectlib.methods import base
 from defectlib.methods.base import Method, MethodConfig
 from defectlib.metrics import files
-from defectlib.params import FewerShots, Keep, Parameters, Profile
+from defectlib.params import Keep, Parameters, Profile, VariantShots
 from defectlib.runs import RunFolder
 from defectlib.types import Shot
 
@@ -59,17 +59,27 @@ class Study:
         self._know(rows, [shot.image for shot in found])
         return found
 
-    def fewer(self, name: str) -> FewerShots | None:
-        """The shots that a variant is limited to, where it is."""
+    def taught(self, name: str) -> VariantShots | None:
+        """What a variant learns from, where that is not its method's shots, all at once."""
         variant = self.settings.variants.get(name)
         return variant.shots if variant else None
 
     def learned(self, name: str, seed: int = 0) -> list[Shot]:
         """The shots that a method or a variant learns from."""
-        shots, few = self.shots(seed), self.fewer(name)
-        if few is None:
+        shots, asked = self.shots(seed), self.taught(name)
+        if asked is None:
             return shots
-        return first(shots, dict.fromkeys(self.defects if few.of == "every" else self.defects[:1], few.most))
+        most = dict.fromkeys(self.defects, asked.most if asked.of == "every" else asked.others)
+        most |= {self.defects[0]: asked.most}
+        return first(shots, {defect: n for defect, n in most.items() if n})
+
+    def in_turn(self, name: str, shots: Sequence[Shot]) -> tuple[list[Shot], list[Shot]]:
+        """The shots that a fit learns from at once, and those of the defect that it learns after them."""
+        asked = self.taught(name)
+        if not (asked and asked.last_later):
+            return list(shots), []
+        last = [(shot.category, shot.defect) == (shots[-1].category, shots[-1].defect) for shot in shots]
+        return [x for x, late in zip(shots, last) if not late], [x for x, late in zip(shots, last) if late]
 
     def normals(self, seed: int = 0) -> list[Tensor]:
         """Defect-free images to draw on and to train with."""
@@ -306,9 +316,11 @@ def open_category(parameters: Parameters) -> Study:
     s = Study(parameters, settings, root, category, *names, tuple(seeds))
     if parameters.foregrounds is not None:
         _check_foregrounds(s)
-    of_objects = {name for name in variants if settings.variants[name].only}
+    if len(defects) < 2:
+        s = dataclasses.replace(s, variants=tuple(n for n in variants if not (s.taught(n) and s.taught(n).last_later)))
+    of_objects = {name for name in s.variants if settings.variants[name].only}
     if of_objects and not _shows_objects(s):
-        s = dataclasses.replace(s, variants=tuple(name for name in variants if name not in of_objects))
+        s = dataclasses.replace(s, variants=tuple(name for name in s.variants if name not in of_objects))
     _check(s, table[table["category"] == category])
     return s
 
@@ -337,10 +349,14 @@ def _check(s: Study, rows: pd.DataFrame) -> None:
     shots = rows.loc[rows["side"] == "shot", "defect"].value_counts()
     single = [defect for defect in s.defects if shots[defect] == 1]
     for name in [*s.methods, *s.variants]:
-        source, few = s.mask_source_name(name), s.fewer(name)
+        source, asked = s.mask_source_name(name), s.taught(name)
+        if asked and asked.last_later and not hasattr(s.method_of(name), "learn"):
+            raise ValueError(
+                f"{name} learns a defect later, which {s.method_of(name).name} cannot: leave last_later out"
+            )
         if not source.startswith("hmi") or s.method_of(name).makes_masks:
             continue
-        if few and few.most == 1:
+        if asked and 1 in (asked.most, asked.others):
             raise ValueError(f"{name} learns from one shot, and its mask source '{source}' interpolates between two")
         if single:
             raise ValueError(

@@ -48,7 +48,6 @@ figures_root = None
 
 # %%
 import pandas as pd
-import torch
 
 from defectlib import params, prepare, study
 from defectlib.data import audit, layouts, splits
@@ -205,8 +204,7 @@ medians.round(2)
 # %%
 rows = []
 for few in shots.values():
-    residual = symmetry.best_symmetry(few[0].image, few[0].mask).residual
-    rows.append([few[0].image, torch.from_numpy(residual).div(128).nan_to_num(0.5).clamp(0, 1).float()[None]])
+    rows.append([few[0].image, symmetry.best_symmetry(few[0].image, few[0].mask).picture()])
 figure = figures.sheet(
     [list(column) for column in zip(*rows)], row_labels=["shot", "residual"], column_labels=list(shots),
     outline_masks=[[few[0].mask for few in shots.values()]] * 2,

@@ -182,20 +182,34 @@ seen.groupby(["defect", "source"], sort=False)["IoU"].agg(["count", "mean", "med
 #
 # The residual of an image under its own best symmetry, inside the mask over outside of it (notebook 1): above 1 the defect is
 # what disturbs the regularity. The median over the images of each source; a source far below the real one blends its
-# defects in, or breaks the structure around them.
+# defects in, or breaks the structure around them. In the picture, the image of each source whose ratio is nearest to that
+# median, and its residual: white is a difference of 128 grey levels or more, plain grey is where an image has no copy.
 
 # %%
-rows = []
+parts, typical = [], {}
 for source, items in looked_at.items():
     for d in dict.fromkeys(name for *_, name in items):
         own = [(image, mask) for image, mask, name in items if name == d and mask.any()][:24]
-        rows += (
-            [[source, d, *row] for row in symmetry.asymmetry(*zip(*own))[["inside", "outside", "ratio"]].values]
-            if own
-            else []
-        )
-regular = pd.DataFrame(rows, columns=["source", "defect", "inside", "outside", "ratio"])
-regular.groupby(["defect", "source"], sort=False).median().round(2)
+        if own:
+            parts.append(symmetry.asymmetry(*zip(*own)).assign(source=source, defect=d))
+            ratios = parts[-1]["ratio"]
+            typical[source, d] = own[int((ratios - ratios.median()).abs().fillna(float("inf")).argmin())]
+regular = pd.concat(parts, ignore_index=True)
+regular.groupby(["defect", "source"], sort=False)[["inside", "outside", "ratio"]].median().round(2)
+
+# %%
+rows, masks = [], []
+for d in s.defects:
+    shown = [typical.get((source, d)) for source in looked_at]
+    residuals = [pair and symmetry.best_symmetry(*pair).picture() for pair in shown]
+    rows += [[pair and pair[0] for pair in shown], residuals]
+    masks += [[pair and pair[1] for pair in shown]] * 2
+figure = figures.sheet(
+    rows, row_labels=[text for d in s.defects for text in (d, "residual")],
+    column_labels=[layout.method_title(source) for source in looked_at], outline_masks=masks,
+)  # fmt: skip
+figures.save(figure, folder, f"symmetry_of_samples_{s.category}", regular)
+figure
 
 # %% [markdown]
 # ## The worst first

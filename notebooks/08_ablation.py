@@ -117,19 +117,21 @@ for name in names:
 # %% [markdown]
 # ## Few shots, and unequal ones
 #
-# Variants that learn from fewer shots, beside their method on all: two of each defect, or two of the first defect beside all of
-# the others. What a model of all defects has learned of one may help another. By defect, means over the seeds with the sd:
-# `mask_seen` and, where it is asked, `class_seen`, as above. `PROFILE=multiclass` has them, and trains on them in notebook 9.
+# Variants that learn from fewer shots, beside their method on all: two of each defect, or two of the first defect beside more of
+# the others. What a model of all defects has learned of one may help another. And one that has the last defect later: when it has
+# learned the others, that one's coefficients alone are trained, and what it drew before it draws still. By defect, means over the
+# seeds with the sd: `mask_seen` and, where it is asked, `class_seen`, as above. `PROFILE=multiclass` has them, and trains on them
+# in notebook 9.
 
 # %%
-few = {name: s.fewer(name) for name in names if s.fewer(name)}
+few = [name for name in names if s.taught(name)]
 beside = [name for name in names if name in few or name in {s.settings.variants[v].of for v in few}]
 if few:
     told = asked[asked["method"].isin(beside) & asked["metric"].isin([stages.SEEN, stages.CLASS_SEEN])]
     cells = told.groupby(["metric", "defect", "method"], sort=False)["value"].agg(["mean", "std"]).unstack()
     display(cells.swaplevel(axis=1)[beside].rename(columns=layout.method_title).round(2))
 else:
-    print("No variant here learns from fewer shots.")
+    print("No variant here learns from fewer shots, or from some of them later.")
 
 # %% [markdown]
 # ## The same requests, drawn by each

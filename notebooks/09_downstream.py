@@ -50,7 +50,7 @@ import pandas as pd
 
 from defectlib import evaluation, learning, params, study
 from defectlib.metrics import regions
-from defectlib.report import claims, figures, layout, tables
+from defectlib.report import ablation, claims, figures, layout, tables
 
 p = params.read(globals())
 s = study.open_category(p)
@@ -239,6 +239,16 @@ layout.view(tables.build(results, "table_8"))
 
 # %%
 layout.view(tables.build(results, "table_9"))
+
+# %% [markdown]
+# ## Method by method, part by part
+#
+# How samples look, where their masks lie, and what they are good for, of every method and variant of this category: the ablations
+# of notebook 8 beside the scores above. The profiles `symmetry` and `multiclass` train downstream models on every variant;
+# elsewhere those cells are empty. The report has it as `ablation`.
+
+# %%
+layout.view(ablation.build(results))
 
 # %% [markdown]
 # ## Which claims held?

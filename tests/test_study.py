@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import shutil
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -35,25 +36,48 @@ def test_every_part_of_the_symmetry_aware_system_is_fitted_anew_and_drawing_is_n
 def test_a_variant_learns_from_fewer_shots(tiny_parameters):
     s = study.open_category(tiny_parameters)
     few = {
-        "crop_paste_one": params.Variant(of="crop_paste", shots=params.FewerShots(most=1)),
-        "crop_paste_unequal": params.Variant(of="crop_paste", shots=params.FewerShots(most=1, of="first")),
+        "crop_paste_one": params.Variant(of="crop_paste", shots=params.VariantShots(most=1)),
+        "crop_paste_unequal": params.Variant(of="crop_paste", shots=params.VariantShots(most=1, of="first")),
+        "crop_paste_capped": params.Variant(of="crop_paste", shots=params.VariantShots(most=1, of="first", others=2)),
     }
     s = dataclasses.replace(s, settings=s.settings.model_copy(update={"variants": few}), variants=tuple(few))
     every = [(shot.defect, shot.id) for shot in s.shots(0)]
-    one, unequal = ([(shot.defect, shot.id) for shot in s.learned(name, 0)] for name in few)
+    one, unequal, capped = ([(shot.defect, shot.id) for shot in s.learned(name, 0)] for name in few)
     firsts = [next(item for item in every if item[0] == defect) for defect in s.defects]
     assert one == firsts and len(every) > len(unequal) > len(one)
     assert unequal == [firsts[0], *(item for item in every if item[0] != s.defects[0])]
+    assert Counter(defect for defect, _ in capped) == {s.defects[0]: 1} | dict.fromkeys(s.defects[1:], 2)
     assert [s.fitted_as(name) for name in few] == list(few), "each is fitted by itself"
     assert len(s.learned("crop_paste", 0)) == len(every)
     keys = {name: stages.sample(s, name, 0)["key"] for name in ["crop_paste", *few]}
-    assert len(set(keys.values())) == 3
-    assert [len(s.load(name, 0).shots) for name in few] == [len(one), len(unequal)], "and no others"
+    assert len(set(keys.values())) == 4
+    assert [len(s.load(name, 0).shots) for name in few] == [len(one), len(unequal), len(capped)], "and no others"
+
+
+def test_a_variant_learns_the_last_defect_later(tiny_parameters, tmp_path, monkeypatch):
+    late = {"symmetry_aware_later": params.Variant(of="symmetry_aware", shots=params.VariantShots(last_later=True))}
+    asked = tiny_parameters.model_copy(update={"methods": ["symmetry_aware"]})
+    settings = asked.settings().model_copy(update={"variants": late})
+    monkeypatch.setattr(params.Parameters, "settings", lambda self: settings)
+    s = study.open_category(asked)
+    assert s.variants == ("symmetry_aware_later",) and len(s.defects) == 2
+    stages.fit(s, "symmetry_aware_later", 0)
+    both = s.load("symmetry_aware_later", 0)
+    assert tuple(both.areas) == s.defects
+    alone = study.open_category(asked.model_copy(update={"defects": [s.defects[0]]}))
+    assert alone.variants == (), "there is no other defect to learn before it"
+    before = alone.method_of("symmetry_aware")(alone.config("symmetry_aware"), alone.backbone("symmetry_aware"))
+    before.fit(alone.shots(0), alone.normals(0), prompts=alone.prompts(), seed=0, workdir=tmp_path / "before")
+    first, then = (method.states["all"] for method in (before, both))
+    assert all(torch.equal(value, then[name][: len(value)]) for name, value in first.items()), "it is left as it was"
+    settings.variants["crop_paste_later"] = late["symmetry_aware_later"].model_copy(update={"of": "crop_paste"})
+    with pytest.raises(ValueError, match="learns a defect later, which crop_paste cannot"):
+        study.open_category(asked.model_copy(update={"methods": ["crop_paste"]}))
 
 
 def test_hmi_needs_two_shots_of_a_variant_too(tiny_parameters, monkeypatch):
     settings = params.load_profile("smoke")
-    lone = params.Variant(of="defectsynth", shots=params.FewerShots(most=1))
+    lone = params.Variant(of="defectsynth", shots=params.VariantShots(most=1))
     changed = settings.model_copy(update={"variants": {"defectsynth_one_shot": lone}})
     monkeypatch.setattr(params.Parameters, "settings", lambda self: changed)
     with pytest.raises(ValueError, match="defectsynth_one_shot learns from one shot, and its mask source 'hmi"):

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+import torch
 from numpy.typing import NDArray
 from scipy import fft, ndimage
 from skimage.transform import rotate
@@ -43,6 +44,10 @@ class Symmetry(NamedTuple):
     residual: NDArray[np.float64]
     covered: NDArray[np.bool_]
     shift: tuple[int, int]
+
+    def picture(self) -> Tensor:
+        """The residual as (1, H, W) in [0, 1]: 1 is 128 grey levels or more, 0.5 where there is no copy."""
+        return torch.from_numpy(self.residual).div(128).nan_to_num(0.5).clamp(0, 1).float()[None]
 
 
 def correlations(fixed: NDArray, moving: NDArray, there: NDArray) -> tuple[NDArray, NDArray]:

@@ -122,9 +122,14 @@ def kind(metric: str) -> str:
     return metric
 
 
+def family(method: str) -> str:
+    """The method that a variant, ``<method>_<what is changed>``, is of; itself for a method."""
+    return next((name for name in METHODS.values() if method.startswith(f"{name}_")), method)
+
+
 def is_variant(method: str) -> bool:
-    """Is this a row of an ablation, ``<method>_<what is changed>``, which has its place in Tables V to VII alone?"""
-    return any(method.startswith(f"{name}_") for name in METHODS.values())
+    """Is this a row of an ablation, which has its place in Tables V to VII alone?"""
+    return family(method) != method
 
 
 def higher_is_better(metric: str) -> bool | None:

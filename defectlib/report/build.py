@@ -8,10 +8,10 @@ from typing import Any
 import pandas as pd
 
 from defectlib import params, paths, prepare, study
-from defectlib.report import claims, costs, page, page_parts, tables
+from defectlib.report import ablation, claims, costs, page, page_parts, tables
 
 CLAIM_SEEDS = [0, 1, 2]
-"""What `make claims` runs: a verdict needs three seeds, so only that batch's verdicts reach ``figures/``."""
+"""What `make claims` runs: verdicts and spreads need them, so only that batch's reach ``figures/``."""
 
 
 def manifests(parameters: params.Parameters, categories: list[str], seeds: list[int]) -> pd.DataFrame:
@@ -32,7 +32,7 @@ def is_shipped(parameters: params.Parameters, categories: list[str]) -> bool:
 
 
 def ships_claims(parameters: params.Parameters, categories: list[str]) -> bool:
-    """Whether verdicts and costs in ``figures/`` are of this batch: the shipped one with the seeds of `make claims`."""
+    """Whether what wants several seeds in ``figures/`` is of this batch: the shipped, with those of `make claims`."""
     return parameters.seeds == CLAIM_SEEDS and is_shipped(parameters.model_copy(update={"seeds": None}), categories)
 
 
@@ -60,13 +60,13 @@ def report(batch: dict[str, Any]) -> Path:
     split = manifests(parameters, categories, seeds)
     built = {name: tables.build(results, name, manifests=split) for name in tables.NAMES}
     judged = claims.judge(results)
-    spent = costs.build(results, parameters.notebooks_folder())
-    for name, table in [*built.items(), (claims.NAME, judged), (costs.NAME, spent)]:
-        tables.write(table, folder, name)
+    others = [ablation.build(results), costs.build(results, parameters.notebooks_folder())]
+    for table in [*built.values(), judged, *others]:
+        tables.write(table, folder, table.attrs["name"])
     paths.write_text(folder / "results.csv", results.to_csv(index=False))
     pictures = {s: text for s, text in page_parts.captions(categories).items() if (folder / f"{s}.png").is_file()}
     if is_shipped(parameters, categories):
         publish(folder, [*built, *pictures])
     if ships_claims(parameters, categories):
-        publish(folder, [claims.NAME, costs.NAME])
-    return page.write_page(folder, built, results, pictures, parameters.dataset_folder().parents[1], judged, spent)
+        publish(folder, [claims.NAME, *(table.attrs["name"] for table in others)])
+    return page.write_page(folder, built, results, pictures, parameters.dataset_folder().parents[1], judged, others)

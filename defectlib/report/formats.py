@@ -8,8 +8,8 @@ import pandas as pd
 
 from defectlib.report.layout import CLAIM, WHY, Block, blocks, labelled_once, legend
 
-# A column specification of as many letters, widths included, is wider than a page.
-WIDE = 18
+# Letters a line that are wider than a page, and those of a column whose text is broken into lines.
+WIDE, BROKEN = 110, 34
 LATEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "×": r"$\times$", "³": r"$^3$",
@@ -48,12 +48,11 @@ def latex(table: pd.DataFrame) -> str:
     for i, block in enumerate(pieces):
         cells = labelled_once(block).map(latex_text)
         cells.columns = [latex_text(name) for name in block.cells.columns]
-        columns = "".join(
-            r"p{48mm}" if name == CLAIM or name.startswith(WHY) else "l" if j < block.labels else "r"
-            for j, name in enumerate(block.cells.columns)
-        )
+        broken = [name == CLAIM or name.startswith(WHY) for name in block.cells.columns]
+        columns = "".join(r"p{48mm}" if long else "l" if j < block.labels else "r" for j, long in enumerate(broken))
+        letters = [max(map(len, [name, *block.cells[name]])) for name in block.cells.columns]
         body = cells.style.hide(axis="index").to_latex(hrules=True, column_format=columns)
-        if len(columns) >= WIDE:
+        if sum(BROKEN if long else n for long, n in zip(broken, letters)) > WIDE:
             body = rf"\resizebox{{\textwidth}}{{!}}{{%{chr(10)}{body.strip()}}}"
         words = "; ".join(f"{code}: {text}" for code, text in legend(table).items()) if block.reproduced else ""
         head = table.attrs["caption"] if block.reproduced or i == 0 else table.attrs["title"]

@@ -5,7 +5,7 @@ One layout (:func:`blocks`) serves Markdown and LaTeX (``formats``), notebooks a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import floor, log10
 
 import pandas as pd
@@ -32,6 +32,7 @@ METHOD_TITLES = {name: title for title, name in published.METHODS.items()} | {
     "dualanodiff_two_shots": "DualAnoDiff, two shots of each", "dualanodiff_unequal": "DualAnoDiff, two shots of one",
     "symmetry_aware_two_shots": "Symmetry-aware, two shots of each",
     "symmetry_aware_unequal": "Symmetry-aware, two shots of one",
+    "symmetry_aware_later": "Symmetry-aware, the last defect later",
     "symmetry_aware_no_guidance": "Symmetry-aware w/o SGRL", "symmetry_aware_compensated": "Symmetry-aware with BCM",
     "defectsynth_filtered": "DefectSynth, filtered", "crop_paste_filtered": "Crop-Paste, filtered",
 }  # fmt: skip
@@ -143,7 +144,8 @@ def was_run(table: pd.DataFrame) -> pd.Series:
 
 def blocks(table: pd.DataFrame) -> list[Block]:
     """The pieces of a built table in reading order: what was run, then the published table."""
-    if (other := {"claims": _claim_blocks, "costs": _cost_blocks}.get(table.attrs["name"])) is not None:
+    own = {"claims": _claim_blocks, "costs": _cost_blocks, "ablation": _ablation_blocks}
+    if (other := own.get(table.attrs["name"])) is not None:
         return other(table)
     run = table[was_run(table)]
     found = [_run_block(run)] if len(run) else []
@@ -288,6 +290,19 @@ def _cost_block(title: str, cells: pd.DataFrame) -> Block:
     return Block(title, cells, 1, False)
 
 
+def _ablation_blocks(table: pd.DataFrame) -> list[Block]:
+    """A block a category: a row a method or variant, its measures beside each other."""
+    found = []
+    for (dataset, category), rows in table.groupby(["dataset", "category"], sort=False):
+        seeds = rows["n"].max()
+        rows = rows.assign(text=[reproduced_text(r).removesuffix(f" ({seeds})") for r in rows.itertuples()])
+        title = f"{dataset_title(dataset)}, {category}: {seeds} {'seed' if seeds == 1 else 'seeds'}"
+        block = _pivot(title, rows, "method", "metric")
+        measures = sorted(set(rows["metric"]), key=lambda name: list(METRIC_TITLES).index(published.kind(name)))
+        found.append(replace(block, cells=block.cells[["Method", *map(metric_title, measures)]]))
+    return found
+
+
 def _minutes(value: float) -> str:
     """Minutes with a digit that shows; "" for none."""
     if value == 0:
@@ -313,7 +328,7 @@ def _interval_text(row) -> str:
 def _pivot(title: str, rows: pd.DataFrame, index: str, columns: str) -> Block:
     titles = {"method": method_title, "metric": metric_title, "category": str}
     wide = rows.pivot(index=index, columns=columns, values="text")
-    wide = wide.loc[list(dict.fromkeys(rows[index])), list(dict.fromkeys(rows[columns]))]
+    wide = wide.loc[list(dict.fromkeys(rows[index])), list(dict.fromkeys(rows[columns]))].fillna("")
     wide.columns = [titles[columns](name) for name in wide.columns]
     wide.insert(0, index.capitalize(), [titles[index](name) for name in wide.index])
     return Block(title, wide.reset_index(drop=True), 1, False)

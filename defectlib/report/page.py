@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 
@@ -34,7 +34,7 @@ def write_page(
     figures: Mapping[str, str],
     runs_root: Path | str | None = None,
     claims: pd.DataFrame | None = None,
-    costs: pd.DataFrame | None = None,
+    others: Sequence[pd.DataFrame] = (),
 ) -> Path:
     """Write ``folder/report.html`` and return its path.
 
@@ -45,7 +45,7 @@ def write_page(
         figures: Stem -> caption of the PNG files in ``folder`` to show, in order; others that lie there are not shown.
         runs_root: The runs folder; given, the run stamps also show the package versions from the stage files.
         claims: What ``claims.judge`` said of the results.
-        costs: What ``costs.build`` said of the results.
+        others: Tables without published numbers, as ``ablation.build`` and ``costs.build`` give them.
 
     Raises:
         FileNotFoundError: A picture or a stage file that is named does not exist.
@@ -59,12 +59,12 @@ def write_page(
         _state(results),
         "</header><main>",
         *[_picture(path, text) for path, text in pictures[:1]],
-        _contents(tables, pictures, claims, costs),
+        _contents(tables, pictures, claims, others),
         f'<p class="note">{READING}</p>',
         '<h2 id="tables">Tables</h2>',
         *[_table(table) for table in tables.values()],
         *([_claims(claims)] if claims is not None else []),
-        *([_costs(costs)] if costs is not None else []),
+        *map(_other, others),
     ]
     if pictures[1:]:
         parts += ['<h2 id="pictures">Pictures</h2>', *[_picture(path, text) for path, text in pictures[1:]]]
@@ -131,7 +131,7 @@ def _state(results: pd.DataFrame) -> str:
 
 
 def _contents(
-    tables: Mapping[str, pd.DataFrame], pictures: list, claims: pd.DataFrame | None, costs: pd.DataFrame | None
+    tables: Mapping[str, pd.DataFrame], pictures: list, claims: pd.DataFrame | None, others: Sequence[pd.DataFrame]
 ) -> str:
     rows = []
     for table in tables.values():
@@ -141,8 +141,7 @@ def _contents(
     if claims is not None:
         tested = _count(int((claims["cells"] > 0).sum()), "comparison", "comparisons")
         rows.append((claims.attrs["name"], claims.attrs["title"].rstrip("."), f"{tested} tested here"))
-    if costs is not None:
-        rows.append((costs.attrs["name"], costs.attrs["title"].rstrip("."), ""))
+    rows += [(table.attrs["name"], table.attrs["title"].rstrip("."), "") for table in others]
     if pictures[1:]:
         rows.append(("pictures", "Pictures", str(len(pictures) - 1)))
     rows.append(("runs", "Runs: device, code, time", ""))
@@ -190,7 +189,7 @@ def _claims(table: pd.DataFrame) -> str:
     return "\n".join([*parts, "</section>"])
 
 
-def _costs(table: pd.DataFrame) -> str:
+def _other(table: pd.DataFrame) -> str:
     blocks = "".join(f"<h4>{escape(block.title)}</h4>{_html(block)}" for block in layout.blocks(table))
     title, name = escape(table.attrs["title"].rstrip(".")), escape(table.attrs["name"])
     return f'<section><h3 id="{name}">{title}</h3><p class="note">{escape(table.attrs["note"])}</p>{blocks}</section>'

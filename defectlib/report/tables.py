@@ -52,7 +52,7 @@ def build(results: pd.DataFrame | None, name: str, manifests: pd.DataFrame | Non
         raise ValueError(f"there is no table '{name}'; there are: {', '.join(NAMES)}")
     spec = SPECS[name]
     printed = published.table(name)[[*KEY, "value"]].rename(columns={"value": "published"})
-    ours = _counts(manifests) if name == "table_1" else _reproduced(_checked(results), spec, printed)
+    ours = _counts(manifests) if name == "table_1" else _reproduced(checked(results), spec, printed)
     table = printed.merge(ours, on=KEY, how="outer", indicator="where")
     table["delta"] = table["reproduced"] - table["published"]
     table["unit"] = [published.UNITS.get(published.kind(metric), "") for metric in table["metric"]]
@@ -61,7 +61,7 @@ def build(results: pd.DataFrame | None, name: str, manifests: pd.DataFrame | Non
     table = _sorted(table, spec, printed)
     columns = COLUMNS
     if spec.selected:
-        best = _reproduced(_by_oracle(_checked(results)), spec, printed).rename(columns={"reproduced": ORACLE})
+        best = _reproduced(_by_oracle(checked(results)), spec, printed).rename(columns={"reproduced": ORACLE})
         table, columns = table.merge(best[[*KEY, ORACLE]], on=KEY, how="left"), [*COLUMNS, ORACLE]
     table = table[columns].astype({"n": "Int64"}).reset_index(drop=True)
     note = f"{spec.note} {ORACLE_NOTE}" if spec.selected and table[ORACLE].notna().any() else spec.note
@@ -84,7 +84,8 @@ def write(table: pd.DataFrame, folder: Path | str, stem: str) -> list[Path]:
     return written
 
 
-def _checked(results: pd.DataFrame | None) -> pd.DataFrame:
+def checked(results: pd.DataFrame | None) -> pd.DataFrame:
+    """Results with all columns that tables need, of one profile; ValueError for others."""
     if results is None:
         return pd.DataFrame(columns=sorted(NEEDED))
     missing = sorted(NEEDED - set(results.columns))
@@ -221,7 +222,7 @@ def _needed(dataset: str, metric: str, printed: pd.DataFrame) -> set[str]:
 def _counts(manifests: pd.DataFrame | None) -> pd.DataFrame:
     """Table I from split manifests: fewest and most shots over the defects of each category."""
     if manifests is None or manifests.empty:
-        return _reproduced(_checked(None), SPECS["table_1"], published.table("table_1"))
+        return _reproduced(checked(None), SPECS["table_1"], published.table("table_1"))
     keys = ["dataset", "category"] + (["partition"] if "partition" in manifests else [])
     defects = manifests[manifests["defect"] != "good"]
     if "id" in defects and "partition" not in defects:

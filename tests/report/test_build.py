@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from defectlib import batch, params, paths, study
-from defectlib.report import build, claims, costs, figures, page_parts, tables
+from defectlib.report import ablation, build, claims, costs, figures, page_parts, tables
 
 DEFAULT = params.Parameters(profile="demo")
 
@@ -48,12 +48,10 @@ def test_the_shipped_batch_is_copied_without_commits_and_times(tiny_parameters, 
     assert all(file.read_bytes() == (page.parent / file.name).read_bytes() for file in figures_in_git.iterdir())
 
 
-def test_three_seeds_of_the_whole_batch_ship_their_verdicts_and_costs_alone(
-    tiny_parameters, figures_in_git, monkeypatch
-):
+def test_three_seeds_of_the_whole_batch_ship_what_wants_seeds_alone(tiny_parameters, figures_in_git, monkeypatch):
     monkeypatch.setattr(build, "is_shipped", lambda parameters, categories: parameters.seeds is None)
     two, three = ({"seeds": seeds} for seeds in ([0, 1], build.CLAIM_SEEDS))
-    for change, stems in ((two, set()), (three, {"claims", "costs"})):
+    for change, stems in ((two, set()), (three, {"claims", "costs", "ablation"})):
         category = study.open_category(tiny_parameters).category
         parameters = tiny_parameters.model_copy(update=change)
         build.report({"parameters": parameters.model_dump(exclude_none=True), "categories": [category]})
@@ -95,6 +93,8 @@ def test_captions_name_the_pictures_that_the_notebooks_draw():
 
 def test_figures_in_git_are_those_the_report_copies():
     stem = re.compile(
-        "|".join([*tables.NAMES, claims.NAME, costs.NAME, *(rf"{name}_\w+" for name in page_parts.CAPTIONS)])
+        "|".join(
+            [*tables.NAMES, claims.NAME, costs.NAME, ablation.NAME, *(rf"{name}_\w+" for name in page_parts.CAPTIONS)]
+        )  # fmt: skip
     )
     assert not [file.name for file in paths.FIGURES.iterdir() if not stem.fullmatch(file.stem)]

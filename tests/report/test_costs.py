@@ -59,7 +59,7 @@ def test_in_all_formats_and_on_the_page(table, tmp_path):
     assert "| DefectSynth | 3.0 | 0.5 |" in formats.markdown(table)
     assert formats.latex(table).count(r"\begin{table}") == 2
     empty = pd.DataFrame(columns=["value"])
-    text = page.write_page(tmp_path, {}, empty, {}, costs=table).read_text()
+    text = page.write_page(tmp_path, {}, empty, {}, others=[table]).read_text()
     assert '<h3 id="costs">Costs</h3>' in text and 'href="#costs"' in text and "<td>DefectSynth</td>" in text
 
 

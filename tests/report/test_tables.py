@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from defectlib import published
-from defectlib.report import claims, costs, formats, layout, tables
+from defectlib.report import ablation, claims, costs, formats, layout, tables
 from defectlib.report.specs import ORACLE, REASONS, SPECS, codes
 
 BASE = {
@@ -331,6 +331,7 @@ def test_latex_compiles(tmp_path):
     results = frame({"category": "50%_of & more$"}, {"metric": "accuracy", "defect": ""})
     made = {name: tables.build(results, name) for name in tables.NAMES}
     made |= {claims.NAME: claims.judge(results), costs.NAME: costs.build(results, tmp_path)}
+    made |= {ablation.NAME: ablation.build(results)}
     for name, table in made.items():
         tables.write(table, tmp_path, name)
     body = "\n".join(rf"\input{{{name}}}\clearpage" for name in made)
