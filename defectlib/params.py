@@ -17,6 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from defectlib import paths
 
 MIN_TILE = 16
+# Of a profile: what stands in them is a setting each.
+GROUPS = ("data", "sample", "quality", "downstream")
 SplitRule = Literal["first_third", "random_thirds", "ten_shots", "all_shots"]
 
 
@@ -352,16 +354,32 @@ def profile_names() -> list[str]:
 def load_profile(name: str) -> Profile:
     """Read and validate ``papermill_params/profiles/<name>.yaml``.
 
+    A profile that ``extends`` another one gives what differs: fields of the groups ``data``, ``sample``, ``quality``
+    and ``downstream`` one by one, anything else as a whole.
+
     Raises:
         ValueError: There is no such profile, or a value in it is wrong or unknown.
     """
-    path = paths.PARAMS / "profiles" / f"{name}.yaml"
+    try:
+        return Profile(**_profile_values(name))
+    except ValidationError as error:
+        raise explain(error, str(_profile_file(name))) from error
+
+
+def _profile_file(name: str) -> Path:
+    return paths.PARAMS / "profiles" / f"{name}.yaml"
+
+
+def _profile_values(name: str) -> dict[str, Any]:
+    path = _profile_file(name)
     if not path.is_file():
         raise ValueError(f"there is no profile '{name}' in {path.parent}; there are: {', '.join(profile_names())}")
-    try:
-        return Profile(**load_yaml(path))
-    except ValidationError as error:
-        raise explain(error, str(path)) from error
+    values = load_yaml(path)
+    if (other := values.pop("extends", None)) is None:
+        return values
+    load_profile(other)  # what is wrong with it is told of its own file
+    base = _profile_values(other)
+    return base | values | {group: base[group] | values.get(group, {}) for group in GROUPS}
 
 
 def category_file(dataset: str, category: str) -> Path:

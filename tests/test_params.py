@@ -1,3 +1,5 @@
+import shutil
+
 import pytest
 from pydantic import ValidationError
 
@@ -56,6 +58,24 @@ def test_a_wrong_profile_names_file_and_key(tmp_path, monkeypatch):
         params.load_profile("bad")
 
 
+def test_a_profile_extends_another(tmp_path, monkeypatch):
+    demo, symmetry = params.load_profile("demo").model_dump(), params.load_profile("symmetry").model_dump()
+    differing = {"profile", "grid", "run", "variants", "quality", "downstream"}
+    assert {name for name in demo if demo[name] != symmetry[name]} == differing
+    assert symmetry["quality"] == demo["quality"] | {"class_seen": True}, "field by field"
+    assert not {"crop_paste_feather", "defectsynth_no_hmi"} & set(symmetry["variants"]), "as a whole"
+    folder = tmp_path / "profiles"
+    shutil.copytree(paths.PARAMS / "profiles", folder)
+    monkeypatch.setattr(paths, "PARAMS", tmp_path)
+    (folder / "symmetry.yaml").write_text("profile: symmetry\nextends: demp\n")
+    with pytest.raises(ValueError, match="no profile 'demp'"):
+        params.load_profile("symmetry")
+    (folder / "symmetry.yaml").write_text("profile: symmetry\nextends: demo\n")
+    (folder / "demo.yaml").write_text((folder / "demo.yaml").read_text().replace("max_normals: 60", "max_normals: -1"))
+    with pytest.raises(ValueError, match="demo.yaml.*max_normals"):
+        params.load_profile("symmetry")
+
+
 def test_the_split_joins_the_folder_name_where_it_is_not_the_profiles_own():
     assert params.Parameters(profile="demo", runs_root="r").dataset_folder().as_posix() == "r/demo/mini"
     other = params.Parameters(profile="demo", runs_root="r", split="all_shots")
@@ -95,14 +115,13 @@ def test_another_number_is_drawn_of_methods_that_are_there():
 
 
 def test_a_profile_may_hold_more_methods_than_it_runs():
-    values = params.load_yaml(params.paths.PARAMS / "profiles" / "symmetry.yaml")
-    profile = params.Profile(**values)
+    profile = params.load_profile("symmetry")
     assert profile.asked(None) == ["dualanodiff", "symmetry_aware"] and "adabldm" in profile.methods
     assert profile.asked(["adabldm"]) == ["adabldm"]
     smoke = params.load_profile("smoke")
     assert smoke.asked(None) == list(smoke.methods)
     with pytest.raises(ValidationError, match="run names 'symetry', which is no method of the profile"):
-        params.Profile(**values | {"run": ["symetry"]})
+        params.Profile(**profile.model_dump() | {"run": ["symetry"]})
 
 
 @pytest.mark.parametrize("name", ["symmetry", "multiclass"])
