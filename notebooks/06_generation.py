@@ -115,6 +115,23 @@ again = pd.DataFrame(
 again
 
 # %% [markdown]
+# ## At a glance
+#
+# Of every defect the first shot, and the first sample of each method with its mask: the first that was drawn, not the best.
+
+# %%
+rows, labels, seed = [], [], s.seeds[0]
+for defect in s.defects:
+    real = next(shot for shot in s.shots(seed) if shot.defect == defect)
+    firsts = [next(iter(sampling.load(s.folder(m, seed).path, defect, limit=1)), None) for m in s.methods]
+    rows += [[item and item.image for item in (real, *firsts)], [item and item.mask for item in (real, *firsts)]]
+    labels += [defect, "mask"]
+titles = ["real", *map(layout.method_title, s.methods)]
+figure = figures.sheet(rows, row_labels=labels, column_labels=titles, scale=96 / s.size)
+figures.save(figure, folder, f"overview_{s.category}")
+figure
+
+# %% [markdown]
 # ## Real, mask, generated
 #
 # For every defect: real images with their masks outlined, then for each method the masks and what was drawn for them. These
@@ -151,7 +168,7 @@ figure
 # first, to be judged by eye.
 
 # %%
-extract, seed = features.load(s.settings.quality.extractor), s.seeds[0]
+extract = features.load(s.settings.quality.extractor)
 shots = {d: [shot for shot in s.shots(seed) if shot.defect == d] for d in s.defects}
 unseen = [Shot(image, mask, s.category, d, name) for image, mask, d, name in s.held_out(seed) if d != "good"]
 found = []

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 # Picture -> what it shows; its file is <picture>_<category>. The order is the order on the page.
 CAPTIONS = {
+    "overview": "At a glance: the first shot of every defect and each method's first sample of it, with their masks.",
     "fig_3_generated": "Real, mask, generated, as in DefectSynth Figs. 3 and 4: every defect's real images with "
     "outlined masks, the drawn masks, and what each method drew for them.",
     "failures": "Each method's twelve samples that are farthest from every shot of their defect, the farthest first, "
