@@ -17,8 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from defectlib import paths
 
 MIN_TILE = 16
-# Of a profile: what stands in them is a setting each.
-GROUPS = ("data", "sample", "quality", "downstream")
+# Of a profile: merged by name under `extends`.
+GROUPS = ("methods", "data", "sample", "quality", "downstream")
 SplitRule = Literal["first_third", "random_thirds", "ten_shots", "all_shots"]
 
 
@@ -139,8 +139,8 @@ class Keep(Strict):
     by: Literal["nearest_shot", "mask_seen"]
 
 
-class VariantShots(Strict):
-    """What a variant learns from, and when.
+class ShotRule(Strict):
+    """Which shots a variant learns from, and when.
 
     Attributes:
         most: The first so many shots of each defect; None: all.
@@ -155,9 +155,11 @@ class VariantShots(Strict):
     last_later: bool = False
 
     @model_validator(mode="after")
-    def _of_the_first(self) -> VariantShots:
+    def _changes_something(self) -> ShotRule:
         if self.others and self.of != "first":
             raise ValueError('others limits the defects beside the first: it asks for of: "first"')
+        if not (self.most or self.others or self.last_later):
+            raise ValueError("give most, others or last_later: these are its method's shots, all at once")
         return self
 
 
@@ -176,7 +178,7 @@ class Variant(Strict):
     config: dict[str, Any] = {}
     mask_source: MaskSourceName | None = None
     only: Literal["objects"] | None = None
-    shots: VariantShots | None = None
+    shots: ShotRule | None = None
     keep: Keep | None = None
 
     @model_validator(mode="after")
@@ -354,32 +356,32 @@ def profile_names() -> list[str]:
 def load_profile(name: str) -> Profile:
     """Read and validate ``papermill_params/profiles/<name>.yaml``.
 
-    A profile that ``extends`` another one gives what differs: fields of the groups ``data``, ``sample``, ``quality``
-    and ``downstream`` one by one, anything else as a whole.
+    A profile that ``extends`` another one gives what differs: methods and the fields of ``data``, ``sample``,
+    ``quality`` and ``downstream`` one by one, anything else as a whole.
 
     Raises:
-        ValueError: There is no such profile, or a value in it is wrong or unknown.
+        ValueError: There is no such profile, a value in it is wrong or unknown, or it extends itself.
     """
-    try:
-        return Profile(**_profile_values(name))
-    except ValidationError as error:
-        raise explain(error, str(_profile_file(name))) from error
+    return _load_profile(name, ())
 
 
-def _profile_file(name: str) -> Path:
-    return paths.PARAMS / "profiles" / f"{name}.yaml"
-
-
-def _profile_values(name: str) -> dict[str, Any]:
-    path = _profile_file(name)
+def _load_profile(name: str, below: tuple[str, ...]) -> Profile:
+    path = paths.PARAMS / "profiles" / f"{name}.yaml"
     if not path.is_file():
         raise ValueError(f"there is no profile '{name}' in {path.parent}; there are: {', '.join(profile_names())}")
+    if name in below:
+        raise ValueError(f"{path} extends itself, by way of {', '.join(below)}: leave one `extends` out")
     values = load_yaml(path)
-    if (other := values.pop("extends", None)) is None:
-        return values
-    load_profile(other)  # what is wrong with it is told of its own file
-    base = _profile_values(other)
-    return base | values | {group: base[group] | values.get(group, {}) for group in GROUPS}
+    if other := values.pop("extends", None):
+        base = _load_profile(other, (*below, name)).model_dump(exclude={"profile"})
+        values = base | values | {group: base[group] | (values.get(group) or {}) for group in GROUPS}
+    try:
+        profile = Profile(**values)
+    except ValidationError as error:
+        raise explain(error, str(path)) from error
+    if profile.profile != name:
+        raise ValueError(f"{path} says `profile: {profile.profile}`: write {name}, by which its runs are found")
+    return profile
 
 
 def category_file(dataset: str, category: str) -> Path:

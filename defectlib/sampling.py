@@ -161,6 +161,11 @@ def load(folder: Path, defect: str | None = None, limit: int | None = None) -> l
     ]  # fmt: skip
 
 
+def first(folder: Path, defect: str) -> Sample | None:
+    """The first drawn sample of a defect; None where no mask could be drawn for it."""
+    return next(iter(load(folder, defect, limit=1)), None)
+
+
 def copy(source: Path, target: Path, seeds: Sequence[int]) -> None:
     """Copy the samples of these seeds from one run folder to another, whose ``samples.csv`` is written last."""
     for file_of in (image_file, mask_file, part_file):

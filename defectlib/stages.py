@@ -50,8 +50,8 @@ def fit(s: Study, method: str, seed: int) -> dict[str, Any]:
     s = covered[0]
     config, kind = s.config(method), s.method_of(method)
     values = {"method": kind.name, "config": config.fit_values(), "seed": seed}
-    if asked := s.taught(method):
-        values["shots"] = asked.model_dump()
+    if rule := s.shot_rule(method):
+        values["shots"] = rule.model_dump(exclude_defaults=True)
     if kind.needs_backbone:
         values |= {"prompts": s.prompts(), "backbone": {s.settings.backbone: backbone.digest(s.settings.backbone)}}
     folder, key = s.folder(method, seed), runs.stage_key(values, [one.data_key(seed) for one in covered])
@@ -66,6 +66,8 @@ def fit(s: Study, method: str, seed: int) -> dict[str, Any]:
                 for read in (lambda one: one.learned(method, seed), lambda one: one.normals(seed))
             )
             shots, later = s.in_turn(method, shots)
+            if later:
+                fitted.readable(later, normals)  # before the others are learned from
             fitted.fit(shots, normals, prompts=s.prompts(), seed=seed, workdir=folder.model)
             if later:
                 fitted.learn(later, seed=seed, workdir=folder.model)

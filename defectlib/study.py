@@ -27,7 +27,7 @@ from defectlib.masks.sources import MaskSource
 from defectlib.methods import base
 from defectlib.methods.base import Method, MethodConfig
 from defectlib.metrics import files
-from defectlib.params import Keep, Parameters, Profile, VariantShots
+from defectlib.params import Keep, Parameters, Profile, ShotRule
 from defectlib.runs import RunFolder
 from defectlib.types import Shot
 
@@ -59,27 +59,29 @@ class Study:
         self._know(rows, [shot.image for shot in found])
         return found
 
-    def taught(self, name: str) -> VariantShots | None:
-        """What a variant learns from, where that is not its method's shots, all at once."""
+    def shot_rule(self, name: str) -> ShotRule | None:
+        """A variant's own rule for shots, or None."""
         variant = self.settings.variants.get(name)
         return variant.shots if variant else None
 
     def learned(self, name: str, seed: int = 0) -> list[Shot]:
         """The shots that a method or a variant learns from."""
-        shots, asked = self.shots(seed), self.taught(name)
-        if asked is None:
+        shots, rule = self.shots(seed), self.shot_rule(name)
+        if rule is None:
             return shots
-        most = dict.fromkeys(self.defects, asked.most if asked.of == "every" else asked.others)
-        most |= {self.defects[0]: asked.most}
+        most = dict.fromkeys(self.defects, rule.most if rule.of == "every" else rule.others)
+        most |= {self.defects[0]: rule.most}
         return first(shots, {defect: n for defect, n in most.items() if n})
 
     def in_turn(self, name: str, shots: Sequence[Shot]) -> tuple[list[Shot], list[Shot]]:
         """The shots that a fit learns from at once, and those of the defect that it learns after them."""
-        asked = self.taught(name)
-        if not (asked and asked.last_later):
-            return list(shots), []
-        last = [(shot.category, shot.defect) == (shots[-1].category, shots[-1].defect) for shot in shots]
-        return [x for x, late in zip(shots, last) if not late], [x for x, late in zip(shots, last) if late]
+        late = self.defects[-1:] if self.learns_later(name) else ()
+        return [x for x in shots if x.defect not in late], [x for x in shots if x.defect in late]
+
+    def learns_later(self, name: str) -> bool:
+        """Whether a variant learns the last defect after the others."""
+        rule = self.shot_rule(name)
+        return bool(rule and rule.last_later)
 
     def normals(self, seed: int = 0) -> list[Tensor]:
         """Defect-free images to draw on and to train with."""
@@ -317,7 +319,7 @@ def open_category(parameters: Parameters) -> Study:
     if parameters.foregrounds is not None:
         _check_foregrounds(s)
     if len(defects) < 2:
-        s = dataclasses.replace(s, variants=tuple(n for n in variants if not (s.taught(n) and s.taught(n).last_later)))
+        s = dataclasses.replace(s, variants=tuple(name for name in variants if not s.learns_later(name)))
     of_objects = {name for name in s.variants if settings.variants[name].only}
     if of_objects and not _shows_objects(s):
         s = dataclasses.replace(s, variants=tuple(name for name in s.variants if name not in of_objects))
@@ -349,14 +351,16 @@ def _check(s: Study, rows: pd.DataFrame) -> None:
     shots = rows.loc[rows["side"] == "shot", "defect"].value_counts()
     single = [defect for defect in s.defects if shots[defect] == 1]
     for name in [*s.methods, *s.variants]:
-        source, asked = s.mask_source_name(name), s.taught(name)
-        if asked and asked.last_later and not hasattr(s.method_of(name), "learn"):
+        source, rule, config = s.mask_source_name(name), s.shot_rule(name), s.config(name)
+        by_class = getattr(config, "class_coefficients", False) and not base.covers_dataset(config)
+        if s.learns_later(name) and not by_class:
             raise ValueError(
-                f"{name} learns a defect later, which {s.method_of(name).name} cannot: leave last_later out"
+                f"{name} learns a defect later, for which a method needs coefficients of a category's classes: leave "
+                "last_later out"
             )
         if not source.startswith("hmi") or s.method_of(name).makes_masks:
             continue
-        if asked and 1 in (asked.most, asked.others):
+        if rule and 1 in (rule.most, rule.others):
             raise ValueError(f"{name} learns from one shot, and its mask source '{source}' interpolates between two")
         if single:
             raise ValueError(

@@ -117,13 +117,13 @@ again
 # %% [markdown]
 # ## At a glance
 #
-# Of every defect the first shot, and the first sample of each method with its mask: the first that was drawn, not the best.
+# Of every defect the first shot, and the first sample of each method, not its best, with their masks.
 
 # %%
 rows, labels, seed = [], [], s.seeds[0]
 for defect in s.defects:
     real = next(shot for shot in s.shots(seed) if shot.defect == defect)
-    firsts = [next(iter(sampling.load(s.folder(m, seed).path, defect, limit=1)), None) for m in s.methods]
+    firsts = [sampling.first(s.folder(m, seed).path, defect) for m in s.methods]
     rows += [[item and item.image for item in (real, *firsts)], [item and item.mask for item in (real, *firsts)]]
     labels += [defect, "mask"]
 titles = ["real", *map(layout.method_title, s.methods)]

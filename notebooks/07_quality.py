@@ -194,8 +194,8 @@ for source, items in looked_at.items():
             parts.append(symmetry.asymmetry(*zip(*own)).assign(source=source, defect=d))
             ratios = parts[-1]["ratio"]
             typical[source, d] = own[int((ratios - ratios.median()).abs().fillna(float("inf")).argmin())]
-regular = pd.concat(parts, ignore_index=True)
-regular.groupby(["defect", "source"], sort=False)[["inside", "outside", "ratio"]].median().round(2)
+regular = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["defect", "source", "ratio"])
+regular.groupby(["defect", "source"], sort=False).median(numeric_only=True).round(2)
 
 # %%
 rows, masks = [], []
@@ -204,11 +204,11 @@ for d in s.defects:
     residuals = [pair and symmetry.best_symmetry(*pair).picture() for pair in shown]
     rows += [[pair and pair[0] for pair in shown], residuals]
     masks += [[pair and pair[1] for pair in shown]] * 2
-figure = figures.sheet(
-    rows, row_labels=[text for d in s.defects for text in (d, "residual")],
-    column_labels=[layout.method_title(source) for source in looked_at], outline_masks=masks,
-)  # fmt: skip
-figures.save(figure, folder, f"symmetry_of_samples_{s.category}", regular)
+labels = [text for d in s.defects for text in (d, "residual")]
+titles = [layout.method_title(source) for source in looked_at]
+figure = figures.sheet(rows, labels, titles, masks) if parts else None
+if figure is not None:
+    figures.save(figure, folder, f"symmetry_of_samples_{s.category}", regular)
 figure
 
 # %% [markdown]

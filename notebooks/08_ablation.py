@@ -118,13 +118,12 @@ for name in names:
 # ## Few shots, and unequal ones
 #
 # Variants that learn from fewer shots, beside their method on all: two of each defect, or two of the first defect beside more of
-# the others. What a model of all defects has learned of one may help another. And one that has the last defect later: when it has
-# learned the others, that one's coefficients alone are trained, and what it drew before it draws still. By defect, means over the
-# seeds with the sd: `mask_seen` and, where it is asked, `class_seen`, as above. `PROFILE=multiclass` has them, and trains on them
-# in notebook 9.
+# the others. What a model of all defects has learned of one may help another. And one that learns the last defect after them: only
+# the new defect's coefficients are trained then, and the others are drawn as before. By defect, means over the seeds with the sd:
+# `mask_seen` and, where it is asked, `class_seen`, as above. `PROFILE=multiclass` has them, and trains on them in notebook 9.
 
 # %%
-few = [name for name in names if s.taught(name)]
+few = [name for name in names if s.shot_rule(name)]
 beside = [name for name in names if name in few or name in {s.settings.variants[v].of for v in few}]
 if few:
     told = asked[asked["method"].isin(beside) & asked["metric"].isin([stages.SEEN, stages.CLASS_SEEN])]
@@ -140,7 +139,7 @@ else:
 
 # %%
 drawn = {
-    name: [next(iter(sampling.load(s.folder(name, s.seeds[0]).path, d, limit=1)), None) for d in s.defects]
+    name: [sampling.first(s.folder(name, s.seeds[0]).path, d) for d in s.defects]
     for name in names if not s.keep(name)
 }  # fmt: skip
 figure = figures.sheet(
@@ -215,7 +214,9 @@ for name in pairs:
     fitted = s.load(name, seed)
     sizes[layout.method_title(name)] = fitted.sizes()
     if name in several:
-        moves[name], curves[name] = multiclass.moved(fitted, seed), multiclass.gates(fitted, seed)
+        curves[name] = multiclass.gates(fitted, seed)
+        if not s.learns_later(name):  # its start is not that of all classes at once
+            moves[name] = multiclass.moved(fitted, seed)
     if name in several and s.config(name).class_coefficients and not s.config(name).vera:
         alike[name] = multiclass.similarity(fitted), list(fitted.areas)
 pd.DataFrame(sizes).T.style.format("{:,}").set_uuid(

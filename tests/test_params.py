@@ -70,10 +70,24 @@ def test_a_profile_extends_another(tmp_path, monkeypatch):
     (folder / "symmetry.yaml").write_text("profile: symmetry\nextends: demp\n")
     with pytest.raises(ValueError, match="no profile 'demp'"):
         params.load_profile("symmetry")
-    (folder / "symmetry.yaml").write_text("profile: symmetry\nextends: demo\n")
+    for name, other in (("symmetry", "multiclass"), ("multiclass", "symmetry")):
+        (folder / f"{name}.yaml").write_text(f"profile: {name}\nextends: {other}\n")
+    with pytest.raises(ValueError, match="extends itself, by way of symmetry, multiclass"):
+        params.load_profile("symmetry")
+    (folder / "symmetry.yaml").write_text("profile: demo\nextends: demo\n")
+    with pytest.raises(ValueError, match="symmetry.yaml says `profile: demo`"):
+        params.load_profile("symmetry")
+    (folder / "symmetry.yaml").write_text("profile: symmetry\nextends: demo\nmethods: {shade: {}}\nquality:\n")
+    assert params.load_profile("symmetry").methods == demo["methods"] | {"shade": {}}
     (folder / "demo.yaml").write_text((folder / "demo.yaml").read_text().replace("max_normals: 60", "max_normals: -1"))
     with pytest.raises(ValueError, match="demo.yaml.*max_normals"):
         params.load_profile("symmetry")
+
+
+@pytest.mark.parametrize("rule", [{}, {"of": "first"}, {"most": 2, "others": 3}])
+def test_a_rule_for_shots_changes_something(rule):
+    with pytest.raises(ValidationError, match="all at once|asks for of"):
+        params.ShotRule(**rule)
 
 
 def test_the_split_joins_the_folder_name_where_it_is_not_the_profiles_own():
@@ -116,7 +130,7 @@ def test_another_number_is_drawn_of_methods_that_are_there():
 
 def test_a_profile_may_hold_more_methods_than_it_runs():
     profile = params.load_profile("symmetry")
-    assert profile.asked(None) == ["dualanodiff", "symmetry_aware"] and "adabldm" in profile.methods
+    assert profile.asked(None) == ["crop_paste", "dualanodiff", "symmetry_aware"] and "adabldm" in profile.methods
     assert profile.asked(["adabldm"]) == ["adabldm"]
     smoke = params.load_profile("smoke")
     assert smoke.asked(None) == list(smoke.methods)

@@ -25,7 +25,7 @@ def test_a_variant_has_a_fit_of_its_own_where_the_fit_differs(tiny_parameters):
 
 def test_every_part_of_the_symmetry_aware_system_is_fitted_anew_and_drawing_is_not(tiny_parameters):
     s = study.open_category(tiny_parameters.model_copy(update={"profile": "symmetry"}))
-    assert s.methods == ("dualanodiff", "symmetry_aware") and len(s.variants) >= 7
+    assert s.methods == ("crop_paste", "dualanodiff", "symmetry_aware") and len(s.variants) >= 7
     assert all(s.fitted_as(name) == name for name in s.variants)
     drawn = params.Variant(of="symmetry_aware", config={"guidance_scale": 1.5, "num_inference_steps": 5})
     variants = s.settings.variants | {"symmetry_aware_quick": drawn}
@@ -36,9 +36,9 @@ def test_every_part_of_the_symmetry_aware_system_is_fitted_anew_and_drawing_is_n
 def test_a_variant_learns_from_fewer_shots(tiny_parameters):
     s = study.open_category(tiny_parameters)
     few = {
-        "crop_paste_one": params.Variant(of="crop_paste", shots=params.VariantShots(most=1)),
-        "crop_paste_unequal": params.Variant(of="crop_paste", shots=params.VariantShots(most=1, of="first")),
-        "crop_paste_capped": params.Variant(of="crop_paste", shots=params.VariantShots(most=1, of="first", others=2)),
+        "crop_paste_one": params.Variant(of="crop_paste", shots=params.ShotRule(most=1)),
+        "crop_paste_unequal": params.Variant(of="crop_paste", shots=params.ShotRule(most=1, of="first")),
+        "crop_paste_capped": params.Variant(of="crop_paste", shots=params.ShotRule(most=1, of="first", others=2)),
     }
     s = dataclasses.replace(s, settings=s.settings.model_copy(update={"variants": few}), variants=tuple(few))
     every = [(shot.defect, shot.id) for shot in s.shots(0)]
@@ -55,8 +55,9 @@ def test_a_variant_learns_from_fewer_shots(tiny_parameters):
 
 
 def test_a_variant_learns_the_last_defect_later(tiny_parameters, tmp_path, monkeypatch):
-    late = {"symmetry_aware_later": params.Variant(of="symmetry_aware", shots=params.VariantShots(last_later=True))}
-    asked = tiny_parameters.model_copy(update={"methods": ["symmetry_aware"]})
+    late = {"symmetry_aware_later": params.Variant(of="symmetry_aware", shots=params.ShotRule(last_later=True))}
+    order = study.open_category(tiny_parameters).defects[::-1]  # as asked for, whatever the order of the files
+    asked = tiny_parameters.model_copy(update={"methods": ["symmetry_aware"], "defects": list(order)})
     settings = asked.settings().model_copy(update={"variants": late})
     monkeypatch.setattr(params.Parameters, "settings", lambda self: settings)
     s = study.open_category(asked)
@@ -71,13 +72,15 @@ def test_a_variant_learns_the_last_defect_later(tiny_parameters, tmp_path, monke
     first, then = (method.states["all"] for method in (before, both))
     assert all(torch.equal(value, then[name][: len(value)]) for name, value in first.items()), "it is left as it was"
     settings.variants["crop_paste_later"] = late["symmetry_aware_later"].model_copy(update={"of": "crop_paste"})
-    with pytest.raises(ValueError, match="learns a defect later, which crop_paste cannot"):
+    with pytest.raises(
+        ValueError, match="crop_paste_later learns a defect later, for which a method needs coefficients"
+    ):
         study.open_category(asked.model_copy(update={"methods": ["crop_paste"]}))
 
 
 def test_hmi_needs_two_shots_of_a_variant_too(tiny_parameters, monkeypatch):
     settings = params.load_profile("smoke")
-    lone = params.Variant(of="defectsynth", shots=params.VariantShots(most=1))
+    lone = params.Variant(of="defectsynth", shots=params.ShotRule(most=1))
     changed = settings.model_copy(update={"variants": {"defectsynth_one_shot": lone}})
     monkeypatch.setattr(params.Parameters, "settings", lambda self: changed)
     with pytest.raises(ValueError, match="defectsynth_one_shot learns from one shot, and its mask source 'hmi"):

@@ -118,7 +118,7 @@ class PairMethod:
             ValueError: There is no shot, all shots of a defect would be left out, a shot's mask covers the whole image,
                 or compensation is asked for where no shot of a defect, or not every normal, has a background.
         """
-        by_defect = self._readable(shots, normals)
+        by_defect = self.readable(shots, normals)
         self.left_out = left_out(map(self.name_of, shots), by_defect)
         read = {id(shot) for own in by_defect.values() for shot in own}
         shots = [shot for shot in shots if id(shot) in read]
@@ -129,7 +129,7 @@ class PairMethod:
             own = [shot for shot in shots if self.group(self.name_of(shot)) == group]
             self.states[group], self.curves[group] = self._fit(group, own, seed, workdir)
 
-    def _readable(self, shots: Sequence[Shot], normals: Sequence[Tensor]) -> dict[str, list[Shot]]:
+    def readable(self, shots: Sequence[Shot], normals: Sequence[Tensor]) -> dict[str, list[Shot]]:
         """The shots of each defect that can be learned from; ValueError where there is none, see :meth:`fit`."""
         if not shots:
             raise ValueError(f"{self.title} needs at least one shot of a defect to learn from")
@@ -235,7 +235,8 @@ class PairMethod:
 
         learned = digest([*pictures.shown.values(), pictures.masks])
         asked = [base.digest, config.fit_values(), learned, [*map(self.name_of, shots)], seed]
-        asked += [] if start is None else [digest(start.values())]
+        # By name: what is read from a file has another order than what was just trained.
+        asked += [] if start is None else [digest(start[name] for name in sorted(start))]
         folder = workdir / "checkpoints" / f"{group}-{hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:12]}"
         return once(workdir / ENDED / f"{group}.safetensors", asked, train)
 

@@ -137,7 +137,7 @@ class SymmetryAware(PairMethod):
             raise ValueError(f"{self.title} is not fitted: a new class needs the bases of others")
         if not self.config.class_coefficients:
             raise ValueError("one LoRA for all classes has none to add to: fit with class_coefficients")
-        read = self._readable(shots, [])
+        read = self.readable(shots, [])
         if len(read) > 1:
             raise ValueError(f"one new defect at a time: these shots are of {', '.join(read)}")
         if (new := next(iter(read))) in self.areas:

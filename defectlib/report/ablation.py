@@ -5,17 +5,20 @@ from __future__ import annotations
 import pandas as pd
 
 from defectlib import published
+from defectlib.report.layout import METRIC_TITLES
 from defectlib.report.tables import checked, scale
 
 NAME = "ablation"
-KINDS = ("kid", "is", "ic-lpips", "accuracy", "pixel_ap", "pixel_f1_50", "precision", "mask_seen", "class_seen")
+KINDS = frozenset(
+    {"kid", "is", "ic-lpips", "accuracy", "pixel_ap", "pixel_f1_50", "precision", "mask_seen", "class_seen"}
+)
 COLUMNS = ["dataset", "category", "method", "metric", "reproduced", "sd", "n"]
 NOTE = (
     "Means over the defects of a category within a seed, then over seeds, with the standard deviation over seeds; "
     "defects whose number is withheld are left out, and a number in brackets is how many seeds it rests on where those "
     "are fewer than the title says. The profile says which rows downstream models are trained on; a filtered row is of "
-    "the better part of its method's samples. Taken for its class: by a classifier of the real shots. Mask on defect: "
-    "the IoU with what a localiser of the real shots finds."
+    "the better part of its method's samples, and IS rises with their number. Taken for its class: by a classifier of "
+    "the real shots. Mask on defect: the IoU with what a localiser of the real shots finds."
 )
 
 
@@ -41,7 +44,7 @@ def build(results: pd.DataFrame) -> pd.DataFrame:
     place = {
         "family": [_place(published.family(name)) for name in table["method"]],
         "variant": table["method"].map(published.is_variant),
-        "kind": table["metric"].map(published.kind).map(KINDS.index),
+        "kind": table["metric"].map(published.kind).map(list(METRIC_TITLES).index),
     }
     by = ["dataset", "category", "family", "variant", "method", "kind"]
     table = table.assign(**place).sort_values(by, kind="stable", ignore_index=True)[COLUMNS]

@@ -11,7 +11,7 @@ from defectlib import params, paths, prepare, study
 from defectlib.report import ablation, claims, costs, page, page_parts, tables
 
 CLAIM_SEEDS = [0, 1, 2]
-"""What `make claims` runs: verdicts and spreads need them, so only that batch's reach ``figures/``."""
+"""What `make claims` runs: verdicts and spreads need them, so only that batch's tables reach ``figures/``."""
 
 
 def manifests(parameters: params.Parameters, categories: list[str], seeds: list[int]) -> pd.DataFrame:
@@ -22,7 +22,7 @@ def manifests(parameters: params.Parameters, categories: list[str], seeds: list[
 
 
 def is_shipped(parameters: params.Parameters, categories: list[str]) -> bool:
-    """Whether ``figures/`` shows this batch: ``mini`` at demo, whole, with nothing else asked for.
+    """Whether ``figures/`` shows this batch's pictures: ``mini`` at demo, whole, with nothing else asked for.
 
     No other pixels may be passed on, and a part of the batch would leave a mixture in git.
     """
@@ -32,7 +32,7 @@ def is_shipped(parameters: params.Parameters, categories: list[str]) -> bool:
 
 
 def ships_claims(parameters: params.Parameters, categories: list[str]) -> bool:
-    """Whether what wants several seeds in ``figures/`` is of this batch: the shipped, with those of `make claims`."""
+    """Whether the tables in ``figures/`` are of this batch: the shipped one, with the seeds of `make claims`."""
     return parameters.seeds == CLAIM_SEEDS and is_shipped(parameters.model_copy(update={"seeds": None}), categories)
 
 
@@ -66,7 +66,7 @@ def report(batch: dict[str, Any]) -> Path:
     paths.write_text(folder / "results.csv", results.to_csv(index=False))
     pictures = {s: text for s, text in page_parts.captions(categories).items() if (folder / f"{s}.png").is_file()}
     if is_shipped(parameters, categories):
-        publish(folder, [*built, *pictures])
+        publish(folder, list(pictures))
     if ships_claims(parameters, categories):
-        publish(folder, [claims.NAME, *(table.attrs["name"] for table in others)])
+        publish(folder, [table.attrs["name"] for table in (*built.values(), judged, *others)])
     return page.write_page(folder, built, results, pictures, parameters.dataset_folder().parents[1], judged, others)

@@ -67,8 +67,10 @@ def judge(results: pd.DataFrame) -> pd.DataFrame:
             f"Differences are paired within category, defect and seed; in brackets the {LEVEL:.0%} interval of a "
             f"bootstrap over pairs and seeds. A verdict needs {LEAST_CELLS} pairs of category and defect with "
             f"{LEAST_SEEDS} seeds each ({LEAST_CELLS} categories for what a category has one number of: time), and an "
-            "interval off zero. Downstream scores are those of each defect against all normals; the defects of a "
-            "category share one downstream model, so their pairs say less than as many categories would. Each "
+            "interval off zero. Downstream scores are by defect: a localiser's on its images and all normals, a "
+            "classifier's on the images of defects alone, where accuracy is the share of one defect's images that is "
+            "named rightly. The defects of a category share one downstream model, so their pairs say less than as many "
+            "categories would. Each "
             f"comparison stands at that level by itself, and there are {len(table)}. Seeds share shots and test "
             "images, so an interval is about training and drawing. Published numbers are the papers' own, with their "
             "extractors and data; on mini with the small base model a verdict is about this machinery at this scale, "
@@ -122,7 +124,7 @@ def _comparison(claim: Claim, against: str, results: pd.DataFrame) -> dict[str, 
         return row | {"why": f"{LEAST_CELLS} {of} with {LEAST_SEEDS} seeds each are needed"}
     told = verdict(low, high, claim.better)
     if told["verdict"] == HELD and claim.metric in RISES_WITH_DAMAGE:
-        told["why"] = _damage(results, claim.method, against)
+        told["why"] = _damage(results, claim.method, against, used)
     return row | told
 
 
@@ -139,9 +141,10 @@ def _unlike(rows: pd.DataFrame) -> bool:
     return bool(rows.assign(given=given).groupby([*CELL, "seed"])["given"].nunique().gt(1).any())
 
 
-def _damage(results: pd.DataFrame, method: str, against: str) -> str:
-    """What precision says where a system that looks more varied looks less real; "" where it does not."""
-    rows = results[results["metric"].map(published.kind) == "precision"]
+def _damage(results: pd.DataFrame, method: str, against: str, used: pd.DataFrame) -> str:
+    """What precision says on the pairs used where a system that looks more varied looks less real; "" where not."""
+    rows = results[results["metric"].map(published.kind) == "precision"].set_index(CELL)
+    rows = rows[rows.index.isin(used.index) & rows["seed"].isin(used.columns)]
     ours, theirs = (rows.loc[rows["method"] == name, "value"].mean() for name in (method, against))
     return f"but precision is {ours:.2f} against {theirs:.2f}: damage too looks varied" if ours < theirs else ""
 

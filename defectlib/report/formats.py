@@ -8,8 +8,8 @@ import pandas as pd
 
 from defectlib.report.layout import CLAIM, WHY, Block, blocks, labelled_once, legend
 
-# Letters a line that are wider than a page, and those of a column whose text is broken into lines.
-WIDE, BROKEN = 110, 34
+# In letters of this size: a line that is wider than a page, a column whose text is broken, and the space of a column.
+WIDE, BROKEN, SPACE = 90, 37, 1.6
 LATEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "×": r"$\times$", "³": r"$^3$",
@@ -52,7 +52,7 @@ def latex(table: pd.DataFrame) -> str:
         columns = "".join(r"p{48mm}" if long else "l" if j < block.labels else "r" for j, long in enumerate(broken))
         letters = [max(map(len, [name, *block.cells[name]])) for name in block.cells.columns]
         body = cells.style.hide(axis="index").to_latex(hrules=True, column_format=columns)
-        if sum(BROKEN if long else n for long, n in zip(broken, letters)) > WIDE:
+        if sum(SPACE + (BROKEN if long else n) for long, n in zip(broken, letters)) > WIDE:
             body = rf"\resizebox{{\textwidth}}{{!}}{{%{chr(10)}{body.strip()}}}"
         words = "; ".join(f"{code}: {text}" for code, text in legend(table).items()) if block.reproduced else ""
         head = table.attrs["caption"] if block.reproduced or i == 0 else table.attrs["title"]

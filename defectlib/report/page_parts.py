@@ -68,8 +68,8 @@ CAPTIONS = {
     "quality_intervals": "Measures of quality with 95 % intervals over images, by defect and method; a bar a seed.",
     "checkpoints": "One training of the localiser, scored along the way, and what each rule would have tested.",
     "learning_curve": "Scores over the number of samples, and of shots, of each defect; as many optimiser steps each.",
-    "symmetry_of_samples": "What a drawn defect breaks: of real and of drawn images those that are typical of their "
-    "source, and how they differ from themselves under their own best symmetry.",
+    "symmetry_of_samples": "What a drawn defect breaks: of each source the image nearest to its median ratio, and how "
+    "it differs from itself under its own best symmetry.",
     "kid_spread": "How much KID moves with the number of images: every dot is one random subset.",
     "backbone_curves": "The base model's training: the loss of the autoencoder and of the UNet.",
     "vae_round_trip": "Real defects through the base model's autoencoder and back, and the error.",

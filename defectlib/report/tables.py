@@ -21,7 +21,8 @@ from defectlib.report.specs import CLASSIFICATION, LOCALISATION, ORACLE, ORACLE_
 NAMES = tuple(published.FILES)
 KEY = ["dataset", "category", "method", "metric"]
 COLUMNS = [*KEY, "unit", "published", "reproduced", "sd", "n", "delta", "why"]
-OURS = [*KEY, "reproduced", "sd", "n", "gaps", "chosen", "dirty", "split", "profile"]
+MARKS = ("gaps", "chosen", "dirty", "unlike")
+OURS = [*KEY, "reproduced", "sd", "n", *MARKS, "split", "profile"]
 NEEDED = {"profile", "split", "dataset", "category", "method", "seed", "defect", "metric", "value", "dirty"}
 SPLITS = ("all_shots", "first_third", "random_thirds", "ten_shots")
 # What AdaBLDM's abstract has as gains, and the score that gained.
@@ -114,11 +115,12 @@ def _reproduced(results: pd.DataFrame, spec: Spec, printed: pd.DataFrame) -> pd.
     kinds = rows["metric"].map(published.kind)
     rows = rows.assign(value=pd.to_numeric(rows["value"]) * kinds.map(scale), dirty=rows["dirty"].astype(bool))
     rows["chosen"] = rows["protocol"].map(was_chosen) if "protocol" in rows else False
+    rows["unlike"] = _of_other_numbers(rows)
     rows = pd.concat([_as_hours(rows, printed), *_gains(rows, spec)], ignore_index=True)
     # First over the defects of a seed, as the paper averages.
     per_seed = rows.groupby(["profile", "split", *KEY, "seed"], sort=True).agg(
-        value=("value", "mean"), gaps=("value", lambda v: v.isna().any()), chosen=("chosen", "any"),
-        dirty=("dirty", "any"),
+        value=("value", "mean"), gaps=("value", lambda v: v.isna().any()),
+        **{mark: (mark, "any") for mark in MARKS[1:]},
     )  # fmt: skip
     per_seed = per_seed.reset_index()
     averages = _averages(per_seed, spec, printed) if spec.rows != "category" else per_seed.iloc[:0]
@@ -132,12 +134,20 @@ def _reproduced(results: pd.DataFrame, spec: Spec, printed: pd.DataFrame) -> pd.
         whole = pd.concat([per_seed[~again], averages], ignore_index=True)
     grouped = whole.groupby(["profile", "split", *KEY], sort=False)
     columns = {"reproduced": ("value", "mean"), "sd": ("value", "std"), "n": ("value", "count")}
-    return grouped.agg(**columns, **{mark: (mark, "any") for mark in ("gaps", "chosen", "dirty")}).reset_index()
+    return grouped.agg(**columns, **{mark: (mark, "any") for mark in MARKS}).reset_index()
 
 
 def was_chosen(protocol: str) -> bool:
     """Whether a downstream model was another than the one of the last step."""
     return not json.loads(protocol).get("selection", "last").startswith("last")
+
+
+def _of_other_numbers(rows: pd.DataFrame) -> pd.Series | bool:
+    """Scores that rise with the number of images (IS), of methods with unlike numbers of them."""
+    if "n_generated" not in rows:
+        return False
+    numbers = rows.groupby(["dataset", "category", "metric"])["n_generated"].transform("nunique")
+    return numbers.gt(1) & rows["metric"].map(published.kind).eq("is")
 
 
 def _belongs(results: pd.DataFrame, spec: Spec, printed: pd.DataFrame) -> pd.Series:
@@ -186,7 +196,7 @@ def _gains(rows: pd.DataFrame, spec: Spec) -> list[pd.DataFrame]:
         ]
         ours, theirs = (one.loc[of[0].index.intersection(of[1].index)] for one in of)
         if gain in spec.kinds and len(ours):
-            marks = {mark: ours[mark] | theirs[mark] for mark in ("chosen", "dirty")}
+            marks = {mark: ours[mark] | theirs[mark] for mark in MARKS[1:]}
             found.append(ours.assign(value=ours["value"] - theirs["value"], metric=gain, **marks).reset_index())
     return found
 
@@ -200,7 +210,7 @@ def _averages(per_seed: pd.DataFrame, spec: Spec, printed: pd.DataFrame) -> pd.D
         inside = valued[valued["category"].isin(needed)]
         complete = inside.groupby(["method", "seed"])["category"].transform("nunique") == len(needed)
         means = inside[complete].groupby(["profile", "split", "dataset", "method", "metric", "seed"], sort=True).agg(
-            value=("value", "mean"), gaps=("gaps", "any"), chosen=("chosen", "any"), dirty=("dirty", "any")
+            value=("value", "mean"), **{mark: (mark, "any") for mark in MARKS}
         )  # fmt: skip
         own_name = len(needed) == 1 and dataset not in set(printed["dataset"])
         if own_name and spec.rows == "both":
@@ -238,7 +248,7 @@ def _counts(manifests: pd.DataFrame | None) -> pd.DataFrame:
             value = some.min() if metric.endswith("min") else some.max()
             rows.append({
                 "dataset": dataset, "category": category, "method": "", "metric": metric, "reproduced": float(value),
-                "n": 1, "gaps": False, "chosen": False, "dirty": False, "profile": "paper",
+                "n": 1, **dict.fromkeys(MARKS, False), "profile": "paper",
                 "split": "other" if dataset in held_out else "all_shots",
             })  # fmt: skip
     return pd.DataFrame(rows, columns=OURS).astype({"sd": float})
@@ -273,6 +283,8 @@ def _reasons(row, spec: Spec, published_for: set[str], started: set[tuple[str, s
         found.append("other_split")
     if row.dataset == "gdxray":
         found.append("other_crops")
+    if row.unlike:
+        found.append("other_n")
     if row.chosen:
         found.append("chosen_checkpoint")
     if row.dirty:

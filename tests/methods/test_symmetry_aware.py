@@ -143,6 +143,18 @@ def test_a_new_class_is_learned_by_its_coefficients_alone(untrained, tmp_path, f
     assert list(back.areas) == ["hole", "dent", "burn"] and torch.equal(back.denoised([request("burn")])[0], new)
 
 
+def test_a_new_class_that_was_learned_before_a_kill_is_taken(untrained, tmp_path, monkeypatch):
+    """The fit is then read from its file, whose tensors have another order than a fresh one's."""
+    where, more = {"seed": 3, "workdir": tmp_path / "fit"}, [shot("burn", 0)]
+    first, second = (SymmetryAware(SymmetryAwareConfig(**QUICK), untrained) for _ in range(2))
+    for method in (first, second):
+        method.fit(SHOTS, [], prompts={}, **where)
+        method.learn(more, **where)
+        monkeypatch.setattr("defectlib.methods.pairs.fit", lambda *a, **k: pytest.fail("it is trained again"))
+    assert list(first.states["all"]) != list(second.states["all"])
+    assert all(torch.equal(value, second.states["all"][name]) for name, value in first.states["all"].items())
+
+
 def test_a_new_class_is_learned_from_what_can_be_read(untrained, tmp_path):
     """A shot whose mask covers the border teaches neither coefficients nor how large a defect may be."""
     framed = torch.ones(1, 64, 64, dtype=torch.bool)
