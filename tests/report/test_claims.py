@@ -206,5 +206,8 @@ def test_variety_without_realism_is_named(precision, why):
     """Garbled pictures raise IS and IC-LPIPS."""
     frame = results("tiny-ic-lpips", 0.05, methods=("dualanodiff", "crop_paste"))
     seen = frame["method"].map(dict(zip(("dualanodiff", "crop_paste"), precision)))
-    row = told(claims.judge(pd.concat([frame, frame.assign(metric="tiny-precision", value=seen)])), "dual-diversity")
+    # Of pairs that the verdict does not rest on precision says nothing.
+    other = frame.assign(metric="tiny-precision", category="wood", value=frame["method"].eq("crop_paste") * 1.0)
+    frames = [frame, frame.assign(metric="tiny-precision", value=seen), other]
+    row = told(claims.judge(pd.concat(frames)), "dual-diversity")
     assert row["verdict"] == claims.HELD and why in row["why"] and bool(why) == bool(row["why"])

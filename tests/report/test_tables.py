@@ -49,6 +49,13 @@ def test_means_go_over_defects_first_then_seeds():
     assert row["category"] == "nut"
 
 
+@pytest.mark.parametrize("metric, others, marked", [("tiny-is", 32, 1), ("tiny-is", 24, 0), ("tiny-kid", 32, 0)])
+def test_is_of_unlike_numbers_of_images_is_marked(metric, others, marked):
+    results = frame({"metric": metric}, {"metric": metric, "method": "defectsynth", "n_generated": others})
+    table = tables.build(results, "table_2")
+    assert ["other_n" in why(row) for _, row in table[table["dataset"] == "mini"].iterrows()] == [bool(marked)] * 2
+
+
 def test_one_seed_has_no_sd():
     row = one(tables.build(frame({}), "table_2"), dataset="mini")
     assert (row["reproduced"], row["n"]) == (pytest.approx(100), 1)
