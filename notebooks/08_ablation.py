@@ -130,7 +130,7 @@ if few:
     cells = told.groupby(["metric", "defect", "method"], sort=False)["value"].agg(["mean", "std"]).unstack()
     display(cells.swaplevel(axis=1)[beside].rename(columns=layout.method_title).round(2))
 else:
-    print("No variant here learns from fewer shots, or from some of them later.")
+    print("No variant here learns from fewer shots.")
 
 # %% [markdown]
 # ## The same requests, drawn by each

@@ -309,9 +309,8 @@ def _perceptual_rows(
         "extractor": trunk.name, "weights_sha256": trunk.weights_sha256,
         "resize": f"{images.IMAGE_FILTER} to {size} px", **sets,
     }  # fmt: skip
-    run = {"value": nearest.mean().item()}
-    if len(nearest) < MINIMUM:
-        run = {"value": None, "why_withheld": f"LPIPS of {len(nearest)} generated images; at least {MINIMUM}"}
+    few = f"LPIPS of {len(nearest)} generated images; at least {MINIMUM}" if len(nearest) < MINIMUM else None
+    run = {"value": None, "why_withheld": few} if few else {"value": nearest.mean().item()}
     lpips = _row(
         metric_name(trunk.name, "lpips"), [run], {**shared, "distance_to": "nearest real image"}, False,
         lambda value: bootstrap.interval(value, bootstrap.mean(nearest, taken)),
@@ -320,6 +319,8 @@ def _perceptual_rows(
         lpips |= {"sd": nearest.std().item(), "protocol": lpips["protocol"] | {"sd_over": "samples"}}
     nearest_reference = lpips_to_nearest(drawn, around)[1]
     clustered = [ic_lpips(drawn, around, protocol, seed, nearest_reference) for seed in sets["seeds"]]
+    if few:
+        clustered = [found | {"value": None, "why_withheld": f"IC-{few}"} for found in clustered]
     about = {
         **shared, "protocol": protocol.name, "protocol_trunk": protocol.trunk, "cap": protocol.cap,
         "singles": protocol.singles, "references": protocol.references, "n_references": len(around),

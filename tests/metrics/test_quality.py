@@ -243,6 +243,9 @@ def test_evaluate_withholds_with_a_reason():
     rows = {row["metric"]: row for row in quality.evaluate(few, few, few, perceptual="tiny")}
     for name in ("tiny-kid", "tiny-is", "tiny-lpips", "tiny-ic-lpips"):
         assert rows[name]["value"] is None and rows[name]["sd"] is None and rows[name]["protocol"]["why_withheld"]
+    three = quality.evaluate(pictures(3), pictures(7, 1), few, perceptual="tiny", seeds=[0])
+    told = {row["metric"]: row["protocol"].get("why_withheld") for row in three}
+    assert told["tiny-ic-lpips"] == "IC-LPIPS of 3 generated images; at least 4", "though a cluster has two"
     seven = quality.evaluate(pictures(7), pictures(7, 1), few, perceptual="tiny", seeds=[0])
     assert not any("ci95" in row["protocol"] for row in seven), "an interval of so few is too narrow"
     assert "2 real and 2 generated images; at least 8" in rows["tiny-recall"]["protocol"]["why_withheld"]
