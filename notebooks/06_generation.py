@@ -127,7 +127,7 @@ for defect in s.defects:
     rows += [[item and item.image for item in (real, *firsts)], [item and item.mask for item in (real, *firsts)]]
     labels += [defect, "mask"]
 titles = ["real", *map(layout.method_title, s.methods)]
-figure = figures.sheet(rows, row_labels=labels, column_labels=titles, scale=96 / s.size)
+figure = figures.sheet(rows, row_labels=labels, column_labels=titles)
 figures.save(figure, folder, f"overview_{s.category}")
 figure
 
@@ -153,7 +153,7 @@ for defect in s.defects:
         rows += [parts or [item.mask for item in drawn], [item.image for item in drawn]]
         labels += [f"{defect}\n{'part' if parts else 'mask'}", f"{defect}\n{layout.method_title(method)}"]
         outlines += [[None] * len(drawn), [item.mask if parts else None for item in drawn]]
-figure = figures.sheet(rows, row_labels=labels, outline_masks=outlines, scale=128 / s.size)
+figure = figures.sheet(rows, row_labels=labels, outline_masks=outlines, scale=96 / s.size)
 figures.save(figure, folder, f"fig_3_generated_{s.category}")
 figure
 
