@@ -104,7 +104,7 @@ def test_each_job_has_the_variants_of_its_methods():
     assert graph["07_quality.gear.dualanodiff.s0"].parameters.variants == []
     assert sorted(graph["07_quality.gear.symmetry_aware.s0"].parameters.variants) == sorted(asked.variants)
     made = {file.parts[-3] for file in batch.stage_files(graph["08_ablation.gear"])}
-    assert made == {"dualanodiff", "symmetry_aware", *asked.variants}
+    assert made == {"crop_paste", "dualanodiff", "symmetry_aware", *asked.variants}
     assert batch.jobs(Parameters(profile="symmetry"), ["gear"])["08_ablation.gear"].parameters.variants is None
 
 
