@@ -146,7 +146,8 @@ def _of_other_numbers(rows: pd.DataFrame) -> pd.Series | bool:
     """Scores that rise with the number of images (IS), of methods with unlike numbers of them."""
     if "n_generated" not in rows:
         return False
-    numbers = rows.groupby(["dataset", "category", "metric"])["n_generated"].transform("nunique")
+    drawn = rows["n_generated"].where(rows["value"].notna())
+    numbers = drawn.groupby([rows[key] for key in ("dataset", "category", "defect", "metric")]).transform("nunique")
     return numbers.gt(1) & rows["metric"].map(published.kind).eq("is")
 
 
