@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from defectlib import params, paths, runs
+from defectlib import params, paths, profiles, runs
 from defectlib.params import Parameters
 
 # notebook -> (unit of one run, the notebooks it needs, the stage it completes); each stands after those it needs
@@ -194,7 +194,7 @@ def execute_in_place(name: str, profile: str) -> float:
     for i, cell in enumerate(notebook.cells):
         cell["id"] = f"{name[:2]}-{i:02d}"
     notebook.metadata["kernelspec"] = {"display_name": "Python 3", "language": "python", "name": "python3"}
-    threads = str(params.load_profile(profile).threads)
+    threads = str(profiles.load(profile).threads)
     os.environ.update(
         DEFECTLIB_PROFILE=profile, OMP_NUM_THREADS=threads, MKL_NUM_THREADS=threads, DEFECTLIB_BATCH="1"
     )  # fmt: skip

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn, get_args
 
-from defectlib import params, paths
+from defectlib import params, paths, profiles
 from defectlib.params import Parameters
 
 
@@ -94,10 +94,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _data_options(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--profile", default="demo", help=", ".join(params.profile_names()))
+    sub.add_argument("--profile", default="demo", help=", ".join(profiles.names()))
     sub.add_argument("--dataset", default="mini", help="mini, mvtec_ad, gdxray, magnetic_tile, ..., or folder")
     sub.add_argument("--data-root", help="where the data set lies; default data/<dataset>")
-    sub.add_argument("--split", choices=get_args(params.SplitRule), help="default: the profile's")
+    sub.add_argument("--split", choices=get_args(profiles.SplitRule), help="default: the profile's")
     sub.add_argument(
         "--tiles", type=_tiles, help="side of square crops in px, or auto, or none; default: as the data set needs"
     )

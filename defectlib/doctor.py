@@ -8,7 +8,7 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
-from defectlib import params, paths, runs
+from defectlib import paths, profiles, runs
 from defectlib.data import layouts
 from defectlib.masks import saliency
 from defectlib.metrics import files
@@ -59,8 +59,8 @@ def locked_versions(text: str) -> dict[str, str]:
 def _profiles() -> tuple[str, list[str]]:
     return "Profiles", [
         f"{name:8} {s.data.image_size} px, extractor {s.quality.extractor}, methods {', '.join(s.methods)}"
-        for name in params.profile_names()
-        for s in (params.load_profile(name),)
+        for name in profiles.names()
+        for s in (profiles.load(name),)
     ]
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from defectlib.metrics import files
-from defectlib.params import TrainSettings
+from defectlib.profiles import TrainSettings
 
 SELECTIONS = {
     "last": "batch-norm statistics recomputed",

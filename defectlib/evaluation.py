@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from defectlib import downstream as models
 from defectlib import paths, runs, sampling
 from defectlib.metrics import regions
-from defectlib.params import TrainSettings
+from defectlib.profiles import TrainSettings
 from defectlib.runs import RunFolder
 from defectlib.stages import sample
 from defectlib.study import SHOTS_ONLY, Study

@@ -18,7 +18,7 @@ from typing import Any
 
 from defectlib import downstream as models
 from defectlib import evaluation, paths, runs, sampling
-from defectlib.params import TrainSettings
+from defectlib.profiles import TrainSettings
 from defectlib.study import SHOTS_ONLY, Study, first
 from defectlib.types import Sample, Shot
 

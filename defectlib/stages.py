@@ -26,7 +26,7 @@ from defectlib.masks.interpolation import NoMask, mask_iou
 from defectlib.metrics import bootstrap, features, nearest, neighbours, regions
 from defectlib.metrics import quality as quality_metrics
 from defectlib.metrics.features import metric_name
-from defectlib.params import TrainSettings
+from defectlib.profiles import TrainSettings
 from defectlib.study import SHOTS_ONLY, Study
 from defectlib.training import Curve, State, once
 from defectlib.types import Sample, Shot

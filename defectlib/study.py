@@ -27,7 +27,8 @@ from defectlib.masks.sources import MaskSource
 from defectlib.methods import base
 from defectlib.methods.base import Method, MethodConfig
 from defectlib.metrics import files
-from defectlib.params import Keep, Parameters, Profile, ShotRule
+from defectlib.params import Parameters
+from defectlib.profiles import Keep, Profile, ShotRule
 from defectlib.runs import RunFolder
 from defectlib.types import Shot
 

@@ -8,7 +8,7 @@ import nbformat
 import pytest
 import torch
 
-from defectlib import batch, images, params, paths, study
+from defectlib import batch, images, paths, profiles, study
 from defectlib.params import Parameters
 
 NAMES = sorted(Parameters.model_fields)
@@ -73,10 +73,10 @@ def test_graph_by_category():
     assert len(graph) == 3 + 2 * 6
     assert graph["06_generation.nut"].needs == ("05_training.nut",)
     assert graph["05_training.nut"].needs == ("01_data",) and graph["01_data"].needs == ()
-    assert graph["07_quality.gear"].parameters.seeds == params.load_profile("demo").seeds
+    assert graph["07_quality.gear"].parameters.seeds == profiles.load("demo").seeds
     assert graph["03_backbone"].parameters.category == "gear"
     assert graph["04_methods"].needs == ("05_training.gear",), "it shows the fit of the first category"
-    demo = params.load_profile("demo")
+    demo = profiles.load("demo")
     made = {file.parts[-3] for file in batch.stage_files(graph["08_ablation.nut"])}
     everywhere = {name for name, variant in demo.variants.items() if variant.only is None}
     assert made == {*demo.methods, *everywhere}

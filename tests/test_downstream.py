@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from defectlib import downstream
-from defectlib.params import TrainSettings
+from defectlib.profiles import TrainSettings
 
 SETTINGS = TrainSettings(
     architecture="resnet34", pretrained=False, epochs=None, steps=12, batch_size=8, learning_rate=1e-3

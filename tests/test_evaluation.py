@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from defectlib import evaluation, params, sampling, study
+from defectlib import evaluation, profiles, sampling, study
 from defectlib.metrics import regions
 
 
@@ -161,7 +161,7 @@ def test_of_many_samples_the_first_of_each_defect_are_learned_from(tiny_paramete
 
 def test_a_variant_on_fewer_shots_is_tested_as_its_method(tiny_parameters):
     s = study.open_category(tiny_parameters)
-    lone = {"crop_paste_one": params.Variant(of="crop_paste", shots=params.ShotRule(most=1))}
+    lone = {"crop_paste_one": profiles.Variant(of="crop_paste", shots=profiles.ShotRule(most=1))}
     s = dataclasses.replace(s, settings=s.settings.model_copy(update={"variants": lone}))
     told = score(evaluation.downstream(s, "crop_paste_one", 0), "accuracy")["protocol"]
     whole = score(evaluation.downstream(s, "crop_paste", 0), "accuracy")["protocol"]

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from defectlib import evaluation, export, leaks, params, sampling, stages, study
+from defectlib import evaluation, export, leaks, params, profiles, sampling, stages, study
 from defectlib.metrics import features, nearest
 from defectlib.report import explorer, scores
 
@@ -44,8 +44,8 @@ def test_what_is_kept_is_measured_and_learned_from_like_any_run(tiny_parameters)
 
 def test_flawed_samples_go_first_and_by_mask_the_rest(tiny_parameters, monkeypatch):
     """Three of four are kept: the flawed one is left out though the localiser agrees with it most."""
-    variant = params.Variant(of="crop_paste", keep=params.Keep(share=0.75, by="mask_seen"))
-    profile = params.load_profile("smoke").model_copy(update={"variants": {NAME: variant}})
+    variant = profiles.Variant(of="crop_paste", keep=profiles.Keep(share=0.75, by="mask_seen"))
+    profile = profiles.load("smoke").model_copy(update={"variants": {NAME: variant}})
     monkeypatch.setattr(params, "load_profile", lambda name: profile)
     s = study.open_category(tiny_parameters)
     stages.sample(s, "crop_paste", 0)
@@ -60,19 +60,19 @@ def test_flawed_samples_go_first_and_by_mask_the_rest(tiny_parameters, monkeypat
 def test_a_filter_changes_nothing_else():
     keep = {"share": 0.5, "by": "mask_seen"}
     with pytest.raises(ValueError, match="a variant with it changes nothing else"):
-        params.Variant(of="crop_paste", keep=keep, mask_source="perlin")
+        profiles.Variant(of="crop_paste", keep=keep, mask_source="perlin")
     with pytest.raises(ValueError, match="changes nothing else"):
-        params.Variant(of="crop_paste", keep=keep, shots={"most": 2})
+        profiles.Variant(of="crop_paste", keep=keep, shots={"most": 2})
     for share in (0.0, 1.0):
         with pytest.raises(ValueError, match="share"):
-            params.Keep(share=share, by="mask_seen")
+            profiles.Keep(share=share, by="mask_seen")
 
 
 def test_a_filter_of_another_share_takes_the_place_of_the_first(tiny_parameters, monkeypatch):
     s = study.open_category(tiny_parameters)
     stages.sample(s, NAME, 0)
-    variant = params.Variant(of="crop_paste", keep=params.Keep(share=0.25, by="nearest_shot"))
-    profile = params.load_profile("smoke").model_copy(update={"variants": {NAME: variant}})
+    variant = profiles.Variant(of="crop_paste", keep=profiles.Keep(share=0.25, by="nearest_shot"))
+    profile = profiles.load("smoke").model_copy(update={"variants": {NAME: variant}})
     monkeypatch.setattr(params, "load_profile", lambda name: profile)
     s = study.open_category(tiny_parameters)
     stages.sample(s, NAME, 0)
@@ -83,11 +83,11 @@ def test_a_filter_of_another_share_takes_the_place_of_the_first(tiny_parameters,
 
 def test_a_variant_that_drew_and_now_filters_leaves_nothing_of_what_it_drew(tiny_parameters, monkeypatch):
     variants = [
-        params.Variant(of="crop_paste", config={"flip": False}),
-        params.Variant(of="crop_paste", keep=params.Keep(share=0.5, by="nearest_shot")),
+        profiles.Variant(of="crop_paste", config={"flip": False}),
+        profiles.Variant(of="crop_paste", keep=profiles.Keep(share=0.5, by="nearest_shot")),
     ]
     for variant in [*variants, variants[0]]:
-        profile = params.load_profile("smoke").model_copy(update={"variants": {NAME: variant}})
+        profile = profiles.load("smoke").model_copy(update={"variants": {NAME: variant}})
         monkeypatch.setattr(params, "load_profile", lambda name, profile=profile: profile)
         s = study.open_category(tiny_parameters)
         stages.sample(s, NAME, 0)

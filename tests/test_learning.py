@@ -3,9 +3,9 @@ import dataclasses
 import pytest
 import torch
 
-from defectlib import evaluation, learning, params, sampling, study
+from defectlib import evaluation, learning, profiles, sampling, study
 
-CURVE = params.CurveSettings(samples=[2, 3, 9], shots=[1], tasks=["localisation", "classification"])
+CURVE = profiles.CurveSettings(samples=[2, 3, 9], shots=[1], tasks=["localisation", "classification"])
 
 
 @pytest.fixture
@@ -90,7 +90,7 @@ def test_other_points_set_the_old_curve_aside(s):
 def test_the_shots_alone_are_trained_as_long_where_a_profile_counts_epochs(s, monkeypatch):
     epochs = s.settings.downstream.localiser.model_copy(update={"epochs": 3, "steps": None, "batch_size": 2})
     only = s.settings.downstream.model_copy(
-        update={"localiser": epochs, "curve": params.CurveSettings(tasks=["localisation"])}
+        update={"localiser": epochs, "curve": profiles.CurveSettings(tasks=["localisation"])}
     )
     s = dataclasses.replace(s, settings=s.settings.model_copy(update={"downstream": only}))
     by_n = points(learning.curve(s, "crop_paste", 0), "pixel_ap_by_samples")

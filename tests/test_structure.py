@@ -14,7 +14,7 @@ import pytest
 from defectlib import batch, params, paths
 
 ROOMS = [
-    *("paths", "types", "images", "params", "data", "masks", "augmentation"),
+    *("paths", "types", "images", "profiles", "params", "data", "masks", "augmentation"),
     *("backbone", "attention", "diffusion", "control", "fusion", "training", "branches", "adaptation", "decoder"),
     *(
         "methods",

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from defectlib import images, params, paths, stages, study
+from defectlib import images, params, paths, profiles, stages, study
 from defectlib.masks import trimap
 
 
 def test_a_variant_has_a_fit_of_its_own_where_the_fit_differs(tiny_parameters):
     s = study.open_category(tiny_parameters)
-    variants = s.settings.variants | {"defectsynth_longer": params.Variant(of="defectsynth", config={"steps": 3})}
+    variants = s.settings.variants | {"defectsynth_longer": profiles.Variant(of="defectsynth", config={"steps": 3})}
     s = dataclasses.replace(s, settings=s.settings.model_copy(update={"variants": variants}))
     assert s.fitted_as("defectsynth_no_sae") == "defectsynth" and not s.config("defectsynth_no_sae").sae
     assert s.fitted_as("defectsynth_longer") == "defectsynth_longer"
@@ -27,7 +27,7 @@ def test_every_part_of_the_symmetry_aware_system_is_fitted_anew_and_drawing_is_n
     s = study.open_category(tiny_parameters.model_copy(update={"profile": "symmetry"}))
     assert s.methods == ("crop_paste", "dualanodiff", "symmetry_aware") and len(s.variants) >= 7
     assert all(s.fitted_as(name) == name for name in s.variants)
-    drawn = params.Variant(of="symmetry_aware", config={"guidance_scale": 1.5, "num_inference_steps": 5})
+    drawn = profiles.Variant(of="symmetry_aware", config={"guidance_scale": 1.5, "num_inference_steps": 5})
     variants = s.settings.variants | {"symmetry_aware_quick": drawn}
     s = dataclasses.replace(s, settings=s.settings.model_copy(update={"variants": variants}))
     assert s.fitted_as("symmetry_aware_quick") == "symmetry_aware"
@@ -36,9 +36,9 @@ def test_every_part_of_the_symmetry_aware_system_is_fitted_anew_and_drawing_is_n
 def test_a_variant_learns_from_fewer_shots(tiny_parameters):
     s = study.open_category(tiny_parameters)
     few = {
-        "crop_paste_one": params.Variant(of="crop_paste", shots=params.ShotRule(most=1)),
-        "crop_paste_unequal": params.Variant(of="crop_paste", shots=params.ShotRule(most=1, of="first")),
-        "crop_paste_capped": params.Variant(of="crop_paste", shots=params.ShotRule(most=1, of="first", others=2)),
+        "crop_paste_one": profiles.Variant(of="crop_paste", shots=profiles.ShotRule(most=1)),
+        "crop_paste_unequal": profiles.Variant(of="crop_paste", shots=profiles.ShotRule(most=1, of="first")),
+        "crop_paste_capped": profiles.Variant(of="crop_paste", shots=profiles.ShotRule(most=1, of="first", others=2)),
     }
     s = dataclasses.replace(s, settings=s.settings.model_copy(update={"variants": few}), variants=tuple(few))
     every = [(shot.defect, shot.id) for shot in s.shots(0)]
@@ -55,7 +55,7 @@ def test_a_variant_learns_from_fewer_shots(tiny_parameters):
 
 
 def test_a_variant_learns_the_last_defect_later(tiny_parameters, tmp_path, monkeypatch):
-    late = {"symmetry_aware_later": params.Variant(of="symmetry_aware", shots=params.ShotRule(last_later=True))}
+    late = {"symmetry_aware_later": profiles.Variant(of="symmetry_aware", shots=profiles.ShotRule(last_later=True))}
     order = study.open_category(tiny_parameters).defects[::-1]  # as asked for, whatever the order of the files
     asked = tiny_parameters.model_copy(update={"methods": ["symmetry_aware"], "defects": list(order)})
     settings = asked.settings().model_copy(update={"variants": late})
@@ -79,8 +79,8 @@ def test_a_variant_learns_the_last_defect_later(tiny_parameters, tmp_path, monke
 
 
 def test_hmi_needs_two_shots_of_a_variant_too(tiny_parameters, monkeypatch):
-    settings = params.load_profile("smoke")
-    lone = params.Variant(of="defectsynth", shots=params.ShotRule(most=1))
+    settings = profiles.load("smoke")
+    lone = profiles.Variant(of="defectsynth", shots=profiles.ShotRule(most=1))
     changed = settings.model_copy(update={"variants": {"defectsynth_one_shot": lone}})
     monkeypatch.setattr(params.Parameters, "settings", lambda self: changed)
     with pytest.raises(ValueError, match="defectsynth_one_shot learns from one shot, and its mask source 'hmi"):
@@ -198,7 +198,7 @@ def test_a_method_has_its_masks_from_where_its_paper_has_them(tiny_parameters):
     values = s.settings.model_dump()
     values["sample"]["mask_source_of"] = {"adabdm": "affine"}
     with pytest.raises(ValueError, match="sample.mask_source_of names 'adabdm', which is no method of the profile"):
-        params.Profile(**values)
+        profiles.Profile(**values)
 
 
 @pytest.fixture

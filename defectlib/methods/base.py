@@ -14,7 +14,7 @@ from torch import Tensor
 
 from defectlib import paths
 from defectlib.backbone import Backbone
-from defectlib.params import Strict
+from defectlib.profiles import Strict
 from defectlib.types import Request, Sample, Shot
 
 

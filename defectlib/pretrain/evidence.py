@@ -9,7 +9,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from defectlib import downstream, params, sampling
+from defectlib import downstream, profiles, sampling
 from defectlib.backbone import Backbone
 from defectlib.data import mini, world
 from defectlib.images import resize_image, resize_mask
@@ -39,7 +39,7 @@ def localisation(model: Backbone, folder: Path, seed: int = 0) -> pd.DataFrame:
         A row a category: zero-shot samples, the shots alone, Crop-Paste samples, and chance (the share of defect
         pixels, the AP of a map that says nothing).
     """
-    settings, rows = params.load_profile(PROFILE).downstream.localiser, []
+    settings, rows = profiles.load(PROFILE).downstream.localiser, []
     for category, every in mini.CATEGORIES.items():
         defects = every[:DEFECTS]
         shots = [

@@ -8,7 +8,7 @@ from typing import Literal
 import yaml
 
 from defectlib import published
-from defectlib.params import Strict
+from defectlib.profiles import Strict
 
 
 class Claim(Strict):
