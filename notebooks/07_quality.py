@@ -50,7 +50,7 @@ import json
 import pandas as pd
 import torch
 
-from defectlib import backbone, params, sampling, stages, study
+from defectlib import backbone, judges, params, sampling, stages, study
 from defectlib.metrics import features, quality, symmetry
 from defectlib.report import explorer, figures, layout, tables
 
@@ -172,7 +172,7 @@ rows = []
 for source, items in looked_at.items():
     if items:
         pictures, masks, names = zip(*items)
-        found = stages.seen(s, seed, torch.stack(pictures), torch.stack(masks))
+        found = judges.seen(s, seed, torch.stack(pictures), torch.stack(masks))
         rows += [[source, d, iou] for d, iou in zip(names, found)]
 seen = pd.DataFrame(rows, columns=["source", "defect", "IoU"])
 seen.groupby(["defect", "source"], sort=False)["IoU"].agg(["count", "mean", "median"]).round(3)
@@ -254,7 +254,7 @@ for name in s.methods:
     print(
         f"{name}: KID x 1000 {of[name].mean():.1f}, {of['real, through the autoencoder'].mean():.1f} of real images through the autoencoder."
     )
-told = results[(results["seed"] == seed) & (results["metric"] == stages.SEEN) & results["method"].isin(s.methods)]
+told = results[(results["seed"] == seed) & (results["metric"] == judges.MASK_SEEN) & results["method"].isin(s.methods)]
 for row in told.itertuples():
     sentence = (
         f"{row.method}, {row.defect}: masks overlap what a localiser of the shots finds with an IoU of {row.value:.2f}."

@@ -51,7 +51,7 @@ import torch
 from IPython.display import display
 from torch.nn.functional import interpolate
 
-from defectlib import params, published, sampling, stages, study
+from defectlib import judges, params, published, sampling, stages, study
 from defectlib.augmentation import background
 from defectlib.metrics import quality
 from defectlib.report import figures, layout, multiclass, tables
@@ -98,7 +98,7 @@ seeds = asked.groupby(["method", "metric", "seed"])["value"].mean()
 mean, sd = seeds.groupby(level=[0, 1]).mean().unstack(), seeds.groupby(level=[0, 1]).std().unstack()
 q = s.settings.quality
 measures = [m for m in quality.names(q.extractor, q.perceptual) if published.kind(m) not in ("precision", "recall")]
-kid, *shown = *measures, "mask_iou", stages.SEEN, stages.CLASS_SEEN, "seconds_per_image"
+kid, *shown = *measures, "mask_iou", judges.MASK_SEEN, judges.CLASS_SEEN, "seconds_per_image"
 summary = pd.DataFrame(
     {"KID x 1000": mean[kid] * 1000, "sd": sd[kid] * 1000} | {m: mean[m] for m in shown if m in mean}
 )
@@ -126,7 +126,7 @@ for name in names:
 few = [name for name in names if s.shot_rule(name)]
 beside = [name for name in names if name in few or name in {s.settings.variants[v].of for v in few}]
 if few:
-    told = asked[asked["method"].isin(beside) & asked["metric"].isin([stages.SEEN, stages.CLASS_SEEN])]
+    told = asked[asked["method"].isin(beside) & asked["metric"].isin([judges.MASK_SEEN, judges.CLASS_SEEN])]
     cells = told.groupby(["metric", "defect", "method"], sort=False)["value"].agg(["mean", "std"]).unstack()
     display(cells.swaplevel(axis=1)[beside].rename(columns=layout.method_title).round(2))
 else:
@@ -354,7 +354,7 @@ for name in s.variants:
     seen = len(apart) >= 3 and (apart.gt(0).all() or apart.lt(0).all())
     print(f"{name}: KID x 1000 {apart.mean():+.1f} against {v.of} ({', '.join(f'{x:+.1f}' for x in apart)}): "
           f"{'a difference' if seen else 'not decided'}.")  # fmt: skip
-    on_defect = mean.get(stages.SEEN, pd.Series(dtype=float)).reindex([name, v.of])
+    on_defect = mean.get(judges.MASK_SEEN, pd.Series(dtype=float)).reindex([name, v.of])
     if on_defect.notna().all():
         print("  masks on what a localiser of the shots finds: IoU {:.2f} against {:.2f}.".format(*on_defect))
 print(s.stamp())

@@ -15,7 +15,8 @@ import yaml
 from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from defectlib import backbone, batch, params, paths, study
+from defectlib import backbone, batch, params, paths, stages, study
+from defectlib.branches.compensation import Compensation
 from defectlib.diffusion import sd_scheduler
 from defectlib.metrics import files
 from defectlib.pretrain import parts
@@ -178,3 +179,21 @@ def test_all_notebooks_at_paper_scale(untrained_paper, tiny_mini, tmp_path):
     assert {"inception-kid", "vgg-ic-lpips", "accuracy", "pixel_ap"} <= set(scored["metric"])
     values = {"parameters": given.model_dump(exclude_none=True), "categories": [CATEGORY], "grouping": "category"}
     assert build.report(values).is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["dualanodiff_compensated", "symmetry_aware_compensated"])
+def test_a_background_is_compensated_at_paper_scale(untrained_paper, tiny_mini, tmp_path, name):
+    """Which is left out above: the surface of a brick fills the frame."""
+    given = params.validate({
+        "profile": "paper", "data_root": str(tiny_mini), "category": "gear", "defects": ["crack"],
+        "methods": [name.removesuffix("_compensated")], "runs_root": str(tmp_path / "runs"),
+    })  # fmt: skip
+    s = study.open_category(given)
+    assert name in s.variants
+    stages.sample(s, name, 0)
+    assert len(list((s.folder(name, 0).path / "images").glob("*.png"))) == s.n_per_defect(name)
+    (state,) = s.load(name, 0).states.values()
+    strengths = torch.stack([value for key, value in state.items() if key.endswith(".gamma")])
+    assert len(strengths) == 16, "one a self-attention of the UNet"
+    assert (strengths != Compensation.GAMMA).any(), "learned from there"

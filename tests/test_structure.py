@@ -25,6 +25,7 @@ ROOMS = [
         "prepare",
         "runs",
         "study",
+        "judges",
         "stages",
         "evaluation",
         "learning",

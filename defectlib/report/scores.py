@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from defectlib import paths, sampling, stages, training
+from defectlib import judges, paths, sampling, training
 from defectlib.metrics import features, nearest, perceptual
 from defectlib.study import Study
 from defectlib.types import Sample
@@ -61,7 +61,7 @@ def _run(s: Study, method: str, seed: int) -> _Run:
     folder = s.folder(method, seed)
     if folder.record("sample") is None:
         raise FileNotFoundError(f"{folder.stage_file('sample')} is missing: draw the samples first (06_generation)")
-    reader, asked = stages.kept_reader(s, seed)
+    reader, asked = judges.kept_reader(s, seed)
     kept = training.kept_curve(reader, asked) is not None
     drawn = paths.sha256(folder.stage_file("sample"))
     return _Run(
@@ -128,11 +128,11 @@ def _lpips(s: Study, drawn: Sequence[Tensor], real: Sequence[Tensor]) -> np.ndar
 
 
 def _mask_seen(run: _Run, defect: str, drawn: Sequence[Sample]) -> list[float] | float:
-    """See :func:`defectlib.stages.seen`; withheld, as in the tables, where the reader misses real defects too."""
+    """See :func:`defectlib.judges.seen`; withheld, as in the tables, where the reader misses real defects too."""
     real = [(image, mask) for image, mask, name, _ in run.study.held_out(run.seed) if name == defect]
-    if real and np.mean(stages.seen(run.study, run.seed, *map(torch.stack, zip(*real)))) < stages.SEEN_LEAST:
+    if real and np.mean(judges.seen(run.study, run.seed, *map(torch.stack, zip(*real)))) < judges.SEEN_LEAST:
         return np.nan
-    return stages.seen(run.study, run.seed, *sampling.stack(drawn))
+    return judges.seen(run.study, run.seed, *sampling.stack(drawn))
 
 
 def title(s: Study, score: str) -> str:

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from defectlib import published, stages
+from defectlib import judges, published
 from defectlib.metrics import quality, regions
 from defectlib.published.claims import load, printed
 from defectlib.report import claims, layout, page, tables
@@ -167,8 +167,8 @@ def test_the_table_reads_in_every_form(tmp_path):
 def test_every_measure_that_a_claim_names_is_made():
     made = {published.kind(name) for name in quality.names("tiny", "tiny")}
     made |= {
-        stages.SEEN,
-        stages.CLASS_SEEN,
+        judges.MASK_SEEN,
+        judges.CLASS_SEEN,
         "mask_iou",
         "seconds_per_image",
         "accuracy",

@@ -7,7 +7,7 @@ import pytest
 import torch
 from matplotlib.collections import LineCollection
 
-from defectlib import images, sampling, stages, study
+from defectlib import images, judges, sampling, stages, study
 from defectlib.metrics import nearest
 from defectlib.report import explorer, layout, scores
 from defectlib.study import SHOTS_ONLY
@@ -33,8 +33,9 @@ def explored(s, tiny_parameters, monkeypatch):
     def refused(*_):
         raise AssertionError("an explorer draws and fits nothing")
 
-    for name in ("fit", "sample", "quality", "reader"):
+    for name in ("fit", "sample", "quality"):
         monkeypatch.setattr(stages, name, refused)
+    monkeypatch.setattr(judges, "reader", refused)
     return s
 
 
@@ -47,13 +48,13 @@ def every(s):
 
 
 def test_scores_are_those_of_the_stages(s, monkeypatch):
-    monkeypatch.setattr(stages, "SEEN_LEAST", 0.0)
+    monkeypatch.setattr(judges, "SEEN_LEAST", 0.0)
     record = stages.quality(s, "crop_paste", 0)
     table = every(s)
     report = pd.read_csv(s.folder("crop_paste", 0).path / "samples.csv")
     assert {"seed", "defect", "shot", *scores.SCORES} == set(table.columns)
     pd.testing.assert_frame_equal(table[["seed", "defect", *scores.DRAWN]], report[["seed", "defect", *scores.DRAWN]])
-    for name, score in (("tiny-lpips", "lpips"), (stages.SEEN, "mask_seen")):
+    for name, score in (("tiny-lpips", "lpips"), (judges.MASK_SEEN, "mask_seen")):
         means = table.groupby("defect")[score].mean()
         stored = {m["defect"]: m["value"] for m in record["metrics"] if m["metric"] == name}
         assert means.to_dict() == pytest.approx(stored, rel=1e-5)
@@ -78,8 +79,8 @@ def test_without_its_localiser_a_mask_is_not_judged_and_none_is_trained(s):
 
 
 def test_a_localiser_that_misses_real_defects_judges_nothing(s, monkeypatch):
-    stages.reader(s, 0)
-    monkeypatch.setattr(stages, "SEEN_LEAST", 1.1)
+    judges.reader(s, 0)
+    monkeypatch.setattr(judges, "SEEN_LEAST", 1.1)
     assert every(s)["mask_seen"].isna().all()
 
 
@@ -96,7 +97,7 @@ def test_scores_are_computed_once_until_the_samples_or_the_localiser_change(s, m
     stages.sample(s, "crop_paste", 0)
     every(s)
     assert len(calls) == 2 * len(s.defects), "drawn again"
-    stages.reader(s, 0)
+    judges.reader(s, 0)
     every(s)
     assert len(calls) == 3 * len(s.defects), "the localiser has been trained"
     quality = s.settings.quality.model_copy(update={"kid_subsets": 7})
