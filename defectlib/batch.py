@@ -249,7 +249,7 @@ def stage_files(job: Job) -> list[Path]:
     names = list(asked.methods)
     if job.notebook == "08_ablation":
         settings = asked.settings()  # what only some categories have cannot be promised
-        names += [name for name in settings.variants_of(asked.methods) if settings.variants[name].only is None]
+        names += [name for name in settings.variants_of(asked.methods) if settings.variants[name].everywhere]
     folder = asked.dataset_folder() / asked.category
     return [folder / name / f"s{seed}" / f"{stage}.json" for name in names for seed in asked.seeds]
 

@@ -6,6 +6,7 @@ Both train the models of :mod:`downstream` and test them on held-out real images
 from __future__ import annotations
 
 import functools
+import io
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -32,6 +33,7 @@ Item = Shot | Sample
 Test = list[tuple[Tensor, Tensor, str]]  # image, mask, defect
 
 
+@runs.alone
 def downstream(s: Study, method: str, seed: int) -> dict[str, Any]:
     """Train the classifier and the localiser on a run's samples, test on held-out real images; the stage's record.
 
@@ -239,11 +241,9 @@ def _localisation(s: Study, folder: RunFolder, items: list, held_out: list, seed
     maps = maps_of(model)
     truth = torch.cat([mask for _, mask, *_ in held_out]).numpy()
     target = folder.path / "predictions" / "localisation.npz"
-    target.parent.mkdir(parents=True, exist_ok=True)
     names = np.array([f"{defect}/{name}" for _, _, defect, name in held_out])
-    with open(target.with_suffix(".part"), "wb") as file:
-        np.savez_compressed(file, maps=maps.astype(np.float16), names=names)
-    target.with_suffix(".part").replace(target)
+    np.savez_compressed(packed := io.BytesIO(), maps=maps.astype(np.float16), names=names)
+    paths.write_bytes(target, packed.getvalue())
     protocol = {
         **settings.model_dump(), **told, "n_real": len(held_out), "image_size": s.size,
         "pro_limit": regions.PRO_LIMIT, "n_instances": len(regions.instances(truth)),
@@ -288,6 +288,7 @@ def _region_scores(maps: np.ndarray, truth: np.ndarray, protocol: dict) -> list[
     return [{"metric": name, "value": value, "protocol": protocol} for name, value in scores.items()]
 
 
+@runs.alone
 def checkpoints(s: Study, method: str, seed: int) -> dict[str, Any]:
     """What each rule of selection would have taken: ONE localiser, scored at every checkpoint; the stage's record.
 

@@ -65,9 +65,12 @@ def export(parameters: Parameters, method: str, seed: int, folder: Path) -> pd.D
 
 
 def _category(parameters: Parameters, category: str, method: str, seed: int, folder: Path) -> list[dict]:
-    s = study.open_category(parameters.model_copy(update={"category": category}))
+    variant = parameters.settings().variants.get(method)
+    asked = {"methods": [variant.of if variant else method], "variants": [method] if variant else []}
+    asked["category"] = category
+    s = study.open_category(parameters.model_copy(update=asked))  # what the run did not ask for refuses nothing
     run, target = s.folder(method, seed).path, folder / category
-    report = pd.read_csv(run / "samples.csv", keep_default_na=False)
+    report = sampling.read_report(run)
     samples = sampling.load(run)
     kept = {sample.seed for sample in samples if sampling.teaches(sample)}
     for sample in samples:

@@ -4,7 +4,7 @@ Two rules are stated here and nowhere else:
 
 * images are resized by PIL's bicubic filter, which antialiases when it shrinks (``IMAGE_FILTER``);
 * masks shrink by area, then threshold: a cell is defect where at least ``0.5 / k`` of it is covered, ``k`` being the
-  larger shrink factor, so that a one-pixel crack survives; they grow by nearest neighbour (``MASK_FILTER``).
+  larger shrink factor, so that a one-pixel crack survives; they grow by nearest neighbour.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from torch import Tensor
 from defectlib import paths
 
 IMAGE_FILTER = "PIL bicubic, antialiased"
-MASK_FILTER = "area >= 0.5/k, nearest when growing"
 NOTES = "defectlib"
 """The PNG text chunk in which a drawn mask says how it came about."""
 

@@ -1,7 +1,7 @@
 """Models that learned from a run's shots alone, and what they say of samples.
 
-The reader is the localiser of the row ``shots_only``, the sorter its classifier. Neither looks at the test set to judge
-a sample; where they fail on real, held-out defects too, what they say is withheld.
+The reader is the localiser of the row ``shots_only`` at its last step, the sorter its classifier. Neither looks at the
+test set to judge a sample; where they fail on real, held-out defects too, what they say is withheld.
 """
 
 from __future__ import annotations
@@ -96,12 +96,17 @@ def seen(s: Study, seed: int, images: Tensor, masks: Tensor) -> list[float]:
     return [value or 0.0 for value in values]
 
 
+def sees(s: Study, seed: int, defect: str, held_out: list) -> tuple[int, float | None]:
+    """How many real images of a defect are held out, and how far the reader's finds lie on their masks (mean IoU)."""
+    real = [(image, mask) for image, mask, name, _ in held_out if name == defect]
+    return len(real), float(np.mean(seen(s, seed, *map(torch.stack, zip(*real))))) if real else None
+
+
 def mask_seen(s: Study, seed: int, defect: str, held_out: list, images: Tensor, masks: Tensor) -> dict[str, Any]:
     """Value and protocol of ``mask_seen``; withheld where the reader does not see real, held-out defects either."""
-    real = [(image, mask) for image, mask, name, _ in held_out if name == defect]
-    known = float(np.mean(seen(s, seed, *map(torch.stack, zip(*real))))) if real else None
+    n_real, known = sees(s, seed, defect, held_out)
     told = {
-        "n_generated": len(images), "n_real": len(real), "reader": "the localiser of the shots, above 0.5",
+        "n_generated": len(images), "n_real": n_real, "reader": "the localiser of the shots, above 0.5",
         "on_real": known,
     }  # fmt: skip
     if known is not None and known < SEEN_LEAST:

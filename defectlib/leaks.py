@@ -110,6 +110,8 @@ def _serves_all(folder: Path) -> bool:
     """Whether a run's fit learned from other categories too."""
     files = [file for stage in ("fit", "sample") if (file := folder / f"{stage}.json").is_file()]
     told = [json.loads(file.read_text())["parameters"] for file in files]
+    if of := next((one["of"] for one in told if "of" in one), None):  # a filter has the fit of its method
+        return _serves_all(folder.parents[1] / of / folder.name)
     return any("fitted_with" in one or one.get("config", {}).get("scope") == "dataset" for one in told)
 
 

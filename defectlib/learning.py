@@ -25,6 +25,7 @@ from defectlib.types import Sample, Shot
 METRICS = {"localisation": "pixel_ap", "classification": "accuracy"}
 
 
+@runs.alone
 def curve(s: Study, method: str, seed: int) -> dict[str, Any]:
     """A run's points, the record of the stage ``learning_curve``; each is kept when it is made, as a sample is.
 
@@ -73,7 +74,7 @@ def _points(s: Study, method: str, seed: int) -> list[tuple[str, list[int], int]
         drawn, used = s.n_per_defect(method), s.n_used(method)
         axes.append(("samples", [0, *sorted({n for n in asked.samples if n <= drawn} - {used})], used))
     if method == SHOTS_ONLY or (s.method_of(method).makes_masks and not s.method_of(method).needs_backbone):
-        most = max(Counter(shot.defect for shot in s.shots(seed)).values())
+        most = max(Counter(shot.defect for shot in s.learned(method, seed)).values())
         axes.append(("shots", sorted({n for n in asked.shots if n < most}), most))
     return axes
 
@@ -92,7 +93,7 @@ def _point(s: Study, method: str, seed: int, task: str, axis: str, n: int, steps
 
 def _trained_point(s: Study, method: str, seed: int, task: str, axis: str, n: int, steps: int) -> dict[str, Any]:
     """Train for a point and test it; without a value, and with the reason, where its items cannot be learned from."""
-    shots, held_out, drawn = s.shots(seed), s.held_out(seed), []
+    shots, held_out, drawn = s.learned(method, seed), s.held_out(seed), []
     if axis == "shots":
         shots = first(shots, dict.fromkeys(s.defects, n))
         drawn = [] if method == SHOTS_ONLY else _drawn_from(s, method, shots, seed)

@@ -93,11 +93,12 @@ def manifest(parameters: Parameters, seed: int = 0) -> pd.DataFrame:
     """
     rule = parameters.settings().data.split
     partition = seed if rule == "random_thirds" else 0
-    root = data_root(parameters)
+    root, data = data_root(parameters), parameters.settings().data
     folder = parameters.dataset_folder()
     stamp = {
         "rule": rule, "partition": partition, "tiles": parameters.tiles, "root": str(root.resolve()),
-        "image_size": parameters.settings().data.image_size, "files": fingerprint(root), "columns": splits.COLUMNS,
+        "image_size": data.image_size, "latent_cell": data.latent_cell, "files": fingerprint(root),
+        "columns": splits.COLUMNS,
     }  # fmt: skip
     target, mark = folder / f"split_p{partition}.csv", folder / f"split_p{partition}.json"
     with paths.locked(folder / ".split.lock"):

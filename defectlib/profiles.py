@@ -74,17 +74,19 @@ class TrainSettings(Strict):
 
     architecture: Literal["resnet34", "smp-unet-resnet18", "smp-unet-vgg13_bn"]
     pretrained: bool
-    epochs: int | None
-    steps: int | None
+    epochs: Annotated[int, Field(ge=1)] | None
+    steps: Annotated[int, Field(ge=1)] | None
     batch_size: int = Field(ge=1)
     learning_rate: float = Field(gt=0)
 
-    def model_post_init(self, _: Any) -> None:
-        """Refuse an ambiguous length, and weights that are not here."""
+    @model_validator(mode="after")
+    def _unambiguous(self) -> TrainSettings:
+        """One length, and no weights that are not here."""
         if (self.epochs is None) == (self.steps is None):
             raise ValueError("give exactly one of epochs and steps")
         if self.pretrained and self.architecture != "resnet34":
             raise ValueError(f"there are no weights for {self.architecture} here: set pretrained to false")
+        return self
 
 
 class CurveSettings(Strict):
@@ -175,6 +177,11 @@ class Variant(Strict):
     shots: ShotRule | None = None
     keep: Keep | None = None
 
+    @property
+    def everywhere(self) -> bool:
+        """Whether every category has it."""
+        return self.only is None and not (self.shots and self.shots.last_later)
+
     @model_validator(mode="after")
     def _of_the_method_itself(self) -> Variant:
         if self.keep and (self.released or self.config or self.mask_source or self.shots):
@@ -185,8 +192,8 @@ class Variant(Strict):
 class Grid(Strict):
     """How much of a data set a profile covers: the first categories and defects in order; None is all."""
 
-    categories: int | None
-    defects: int | None
+    categories: Annotated[int, Field(ge=1)] | None
+    defects: Annotated[int, Field(ge=1)] | None
 
 
 class Profile(Strict):

@@ -9,7 +9,7 @@ deleted, and made anew.
 from __future__ import annotations
 
 import contextlib
-import fcntl
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -207,13 +207,19 @@ def stage(
     paths.write_text(folder.stage_file(name), json.dumps(record, indent=1))
 
 
-@contextlib.contextmanager
-def alone(folder: RunFolder) -> Iterator[None]:
-    """Within it no other process of this machine is: two notebooks may ask for one fit at once."""
-    folder.path.mkdir(parents=True, exist_ok=True)
-    with open(folder.path / ".lock", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+def alone(make: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    """A stage, (study, method, seed) to its record, that no two processes make at once: the later one then finds it.
+
+    Two notebooks may ask for one fit, and jobs of many methods for the row of the shots. A stage waits only for those
+    that it is made from, so two cannot wait for each other.
+    """
+
+    @functools.wraps(make)
+    def waiting(s: Any, method: str, seed: int) -> dict[str, Any]:
+        with paths.locked(s.folder(method, seed).path / f".{make.__name__}.lock"):
+            return make(s, method, seed)
+
+    return waiting
 
 
 def _forget_peak_memory() -> None:

@@ -142,12 +142,21 @@ def read_pair(folder: Path, seed: int) -> tuple[Tensor, Tensor]:
     return images.read_image(image_file(folder, seed)), images.read_mask(mask_file(folder, seed))
 
 
-def load(folder: Path, defect: str | None = None, limit: int | None = None) -> list[Sample]:
-    """The drawn samples of a run folder in the order of their seeds, parts left out; ``limit`` counts per defect."""
+def read_report(folder: Path) -> pd.DataFrame:
+    """What :func:`describe` told of a run folder's samples; names stay text, also where they are numbers.
+
+    Raises:
+        FileNotFoundError: Nothing has been drawn there.
+    """
     table = folder / "samples.csv"
     if not table.is_file():
         raise FileNotFoundError(f"{table} is missing: draw the samples first (notebook 06_generation)")
-    report = pd.read_csv(table, keep_default_na=False).sort_values("seed")
+    return pd.read_csv(table, keep_default_na=False, dtype=dict.fromkeys(("category", "defect", "prompt"), str))
+
+
+def load(folder: Path, defect: str | None = None, limit: int | None = None) -> list[Sample]:
+    """The drawn samples of a run folder in the order of their seeds, parts left out; ``limit`` counts per defect."""
+    report = read_report(folder).sort_values("seed")
     if defect is not None:
         report = report[report["defect"] == defect]
     if limit is not None:
@@ -157,7 +166,7 @@ def load(folder: Path, defect: str | None = None, limit: int | None = None) -> l
             *read_pair(folder, row.seed), row.category, row.defect, row.seed, row.group,
             images.read_notes(mask_file(folder, row.seed)),
         )
-        for row in report.astype({"category": str, "defect": str}).itertuples()
+        for row in report.itertuples()
     ]  # fmt: skip
 
 
@@ -172,7 +181,7 @@ def copy(source: Path, target: Path, seeds: Sequence[int]) -> None:
         for seed in seeds:
             if (file := file_of(source, seed)).is_file():
                 paths.write_bytes(file_of(target, seed), file.read_bytes())
-    report = pd.read_csv(source / "samples.csv", keep_default_na=False)
+    report = read_report(source)
     paths.write_text(target / "samples.csv", report[report["seed"].isin(seeds)].to_csv(index=False))
 
 

@@ -14,7 +14,6 @@ from math import ceil
 from typing import Any
 
 import numpy as np
-import pandas as pd
 from torch import Tensor
 
 from defectlib import backbone, judges, runs, sampling
@@ -30,12 +29,14 @@ from defectlib.types import Sample, Shot
 COPIED_FROM = 0.95
 
 
+@runs.alone
 def fit(s: Study, method: str, seed: int) -> dict[str, Any]:
     """Fit a method on the shots, or the method of a variant that changes nothing in it; the record of the stage.
 
     Where one fit serves all categories, it lies in the first one's folder, and the others' records name it.
     """
-    method = s.fitted_as(method)
+    if (fitted_as := s.fitted_as(method)) != method:
+        return fit(s, fitted_as, seed)
     covered = s.fitted_with(method)
     if s.category != covered[0].category:
         return _fitted_elsewhere(s, covered[0], method, seed)
@@ -47,26 +48,25 @@ def fit(s: Study, method: str, seed: int) -> dict[str, Any]:
     if kind.needs_backbone:
         values |= {"prompts": s.prompts(), "backbone": {s.settings.backbone: backbone.digest(s.settings.backbone)}}
     folder, key = s.folder(method, seed), runs.stage_key(values, [one.data_key(seed) for one in covered])
-    with runs.alone(folder):
-        if (record := folder.complete("fit", key)) is not None:
-            return record
-        with runs.stage(folder, "fit", key, s.identity(method, seed), values, {"split": s.data_key(seed)}) as metrics:
-            fitted = kind(config, s.backbone(method))
-            clock, passed = runs.stopwatch()
-            shots, normals = (
-                [item for one in covered for item in read(one)]
-                for read in (lambda one: one.learned(method, seed), lambda one: one.normals(seed))
-            )
-            shots, later = s.in_turn(method, shots)
-            if later:
-                fitted.readable(later, normals)  # before the others are learned from
-            fitted.fit(shots, normals, prompts=s.prompts(), seed=seed, workdir=folder.model)
-            if later:
-                fitted.learn(later, seed=seed, workdir=folder.model)
-            fitted.save(folder.model)
-            metrics.append({"metric": "fit_s", "value": passed(), "protocol": {"clock": clock}})
-            for defect, n in getattr(fitted, "left_out", {}).items():  # of methods that cannot learn from every shot
-                metrics.append({"metric": "shots_left_out", "value": float(n), "defect": defect})
+    if (record := folder.complete("fit", key)) is not None:
+        return record
+    with runs.stage(folder, "fit", key, s.identity(method, seed), values, {"split": s.data_key(seed)}) as metrics:
+        fitted = kind(config, s.backbone(method))
+        clock, passed = runs.stopwatch()
+        shots, normals = (
+            [item for one in covered for item in read(one)]
+            for read in (lambda one: one.learned(method, seed), lambda one: one.normals(seed))
+        )
+        shots, later = s.in_turn(method, shots)
+        if later:
+            fitted.readable(later, normals)  # before the others are learned from
+        fitted.fit(shots, normals, prompts=s.prompts(), seed=seed, workdir=folder.model)
+        if later:
+            fitted.learn(later, seed=seed, workdir=folder.model)
+        fitted.save(folder.model)
+        metrics.append({"metric": "fit_s", "value": passed(), "protocol": {"clock": clock}})
+        for defect, n in getattr(fitted, "left_out", {}).items():  # of methods that cannot learn from every shot
+            metrics.append({"metric": "shots_left_out", "value": float(n), "defect": defect})
     return folder.record("fit")
 
 
@@ -82,6 +82,7 @@ def _fitted_elsewhere(s: Study, first: Study, method: str, seed: int) -> dict[st
     return folder.record("fit")
 
 
+@runs.alone
 def sample(s: Study, method: str, seed: int) -> dict[str, Any]:
     """Draw ``n_per_defect`` samples of each defect, with a bar unless in a batch; the record of the stage.
 
@@ -162,9 +163,10 @@ def keep(s: Study, name: str, seed: int) -> dict[str, Any]:
     folder, key = s.folder(name, seed), runs.stage_key(values, [upstream["key"]])
     if (record := folder.complete("sample", key)) is not None:
         return record
-    with runs.stage(folder, "sample", key, s.identity(name, seed), values, {"sample": upstream["key"]}) as metrics:
+    told, made_from = values | {"of": method}, {"sample": upstream["key"]}
+    with runs.stage(folder, "sample", key, s.identity(name, seed), told, made_from) as metrics:
         source = s.folder(method, seed).path
-        report = pd.read_csv(source / "samples.csv", keep_default_na=False).astype({"defect": str})
+        report = sampling.read_report(source)
         bad = set(sampling.problems(report)["seed"])
         chosen: list[int] = []
         for defect in s.defects:
@@ -204,6 +206,7 @@ def copied(mask: Tensor, real: Sequence[Tensor]) -> bool:
     return any((regions.mask_iou(mask[0], shot.flip(turn)[0]) or 0) > COPIED_FROM for shot in real for turn in TURNS)
 
 
+@runs.alone
 def quality(s: Study, method: str, seed: int) -> dict[str, Any]:
     """The measures of ``metrics.quality`` of a run's samples, per defect; the record of the stage.
 

@@ -185,7 +185,7 @@ class Study:
         Itself alone, or all that the profile's grid covers where one fit serves the data set. Of a category or of
         defects outside the grid the fit is its own, and learns from the grid's besides.
         """
-        if not base.covers_dataset(self.config(name)):
+        if not base.covers_dataset(self.method_of(name), self.config(name)):
             return [self]
         alike = {"defects": None, "methods": [self.method_of(name).name], "variants": [], "prompts": {}}
         alike |= {"seeds": list(self.seeds)}
@@ -353,7 +353,7 @@ def _check(s: Study, rows: pd.DataFrame) -> None:
     single = [defect for defect in s.defects if shots[defect] == 1]
     for name in [*s.methods, *s.variants]:
         source, rule, config = s.mask_source_name(name), s.shot_rule(name), s.config(name)
-        by_class = getattr(config, "class_coefficients", False) and not base.covers_dataset(config)
+        by_class = getattr(config, "class_coefficients", False) and not base.covers_dataset(s.method_of(name), config)
         if s.learns_later(name) and not by_class:
             raise ValueError(
                 f"{name} learns a defect later, for which a method needs coefficients of a category's classes: leave "

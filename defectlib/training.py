@@ -20,18 +20,19 @@ import torch
 from accelerate import Accelerator
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from safetensors import safe_open
 from torch import Tensor, nn
 
 from defectlib import paths
+from defectlib.profiles import Strict
 
 Loss = Callable[[Tensor, torch.Generator], Tensor]
 Curve = list[tuple[int, float]]
 State = dict[str, Tensor]
 
 
-class FitSettings(BaseModel):
+class FitSettings(Strict):
     """How a model is trained; the optimiser is AdamW with torch's betas.
 
     Attributes:
@@ -46,8 +47,6 @@ class FitSettings(BaseModel):
         save_every: Steps between checkpoints; None is a quarter of ``steps``, and 500 at most.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
     steps: int = Field(ge=1)
     batch_size: int = Field(ge=1)
     learning_rate: float = Field(gt=0)
@@ -61,7 +60,7 @@ class FitSettings(BaseModel):
 
 
 def step_generator(seed: int, step: int) -> torch.Generator:
-    """The CPU generator of one step; distinct for every (seed, step)."""
+    """The CPU generator of one step: a stream of its own for every (seed, step), but for chance."""
     return torch.Generator().manual_seed(int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0] >> 1))
 
 

@@ -69,7 +69,7 @@ pd.Series(s.prompts(), name="prompt").to_frame()
 
 # %%
 records = {(m, seed): stages.sample(s, m, seed) for m in s.methods for seed in s.seeds}
-reports = {run: pd.read_csv(s.folder(*run).path / "samples.csv") for run in records}
+reports = {run: sampling.read_report(s.folder(*run).path) for run in records}
 report = pd.concat(
     [table.assign(method=m, seed_of_run=seed) for (m, seed), table in reports.items()], ignore_index=True
 )

@@ -158,9 +158,7 @@ figure
 
 # %%
 stages_of = [name for name in names if s.method_of(name).name == "adabldm"]
-reports = {
-    name: pd.concat([pd.read_csv(s.folder(name, seed).path / "samples.csv") for seed in s.seeds]) for name in stages_of
-}
+reports = {name: pd.concat([sampling.read_report(s.folder(name, seed).path) for seed in s.seeds]) for name in stages_of}
 changes = pd.DataFrame({name: own[["change_inside", "change_outside"]].mean() for name, own in reports.items()}).T
 changes.rename(index=layout.method_title).round(2) if stages_of else "AdaBLDM was not asked for."
 

@@ -83,6 +83,9 @@ def test_graph_by_category():
     some = batch.jobs(Parameters(profile="smoke"), ["nut"])["08_ablation.nut"]
     made = {file.parts[-3] for file in batch.stage_files(some)}
     assert "dualanodiff_no_interaction" in made and "dualanodiff_compensated" not in made, "objects alone have it"
+    several = batch.jobs(Parameters(profile="multiclass"), ["nut"])["08_ablation.nut"]
+    made = {file.parts[-3] for file in batch.stage_files(several)}
+    assert "symmetry_aware_unequal" in made and "symmetry_aware_later" not in made, "it asks for two defects"
 
 
 def test_graph_by_run_has_a_job_a_method_and_seed():

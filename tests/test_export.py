@@ -33,6 +33,20 @@ def test_a_run_reads_back_as_a_data_set(drawn, tmp_path):
     assert len(list((target / "train" / "good").iterdir())) == len(drawn.normals(0))
 
 
+def test_methods_that_the_run_did_not_ask_for_refuse_nothing(drawn, tmp_path):
+    """Of one shot no method interpolates masks; the samples of one that does not are there all the same."""
+    folder = drawn.parameters.dataset_folder()
+    split = pd.read_csv(folder / "split_p0.csv", dtype=str, keep_default_na=False)
+    shots = split[(split["side"] == "shot") & (split["defect"] == drawn.defects[0])]
+    split.loc[shots.index[1:], "side"] = "unused"
+    split.to_csv(folder / "split_p0.csv", index=False)
+    every = drawn.parameters.model_copy(update={"methods": None})
+    study._category_rows.cache_clear()
+    with pytest.raises(ValueError, match="has one shot, and the mask source"):
+        study.open_category(every)
+    assert export(every, "crop_paste", 0, tmp_path / "out")["written"].sum() > 0
+
+
 def test_flawed_pairs_are_left_out_and_counted(drawn, tmp_path):
     run = drawn.folder("crop_paste", 0).path
     first = sampling.load(run)[0]

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from defectlib import evaluation, export, leaks, params, profiles, sampling, stages, study
+from defectlib import evaluation, export, judges, leaks, profiles, sampling, stages, study
 from defectlib.metrics import features, nearest
 from defectlib.report import explorer, scores
 
@@ -46,12 +46,12 @@ def test_flawed_samples_go_first_and_by_mask_the_rest(tiny_parameters, monkeypat
     """Three of four are kept: the flawed one is left out though the localiser agrees with it most."""
     variant = profiles.Variant(of="crop_paste", keep=profiles.Keep(share=0.75, by="mask_seen"))
     profile = profiles.load("smoke").model_copy(update={"variants": {NAME: variant}})
-    monkeypatch.setattr(params, "load_profile", lambda name: profile)
+    monkeypatch.setattr(profiles, "load", lambda name: profile)
     s = study.open_category(tiny_parameters)
     stages.sample(s, "crop_paste", 0)
     first = {defect: seeds(s, "crop_paste", defect)[0] for defect in s.defects}
     monkeypatch.setattr(sampling, "problems", lambda report: report[report["seed"].isin(list(first.values()))])
-    monkeypatch.setattr(stages, "seen", lambda s, seed, images, masks: list(np.linspace(1, 0.7, len(images))))
+    monkeypatch.setattr(judges, "seen", lambda s, seed, images, masks: list(np.linspace(1, 0.7, len(images))))
     stages.sample(s, NAME, 0)
     for defect in s.defects:
         assert seeds(s, NAME, defect) == seeds(s, "crop_paste", defect)[1:]
@@ -73,7 +73,7 @@ def test_a_filter_of_another_share_takes_the_place_of_the_first(tiny_parameters,
     stages.sample(s, NAME, 0)
     variant = profiles.Variant(of="crop_paste", keep=profiles.Keep(share=0.25, by="nearest_shot"))
     profile = profiles.load("smoke").model_copy(update={"variants": {NAME: variant}})
-    monkeypatch.setattr(params, "load_profile", lambda name: profile)
+    monkeypatch.setattr(profiles, "load", lambda name: profile)
     s = study.open_category(tiny_parameters)
     stages.sample(s, NAME, 0)
     assert {len(seeds(s, NAME, defect)) for defect in s.defects} == {1}
@@ -88,7 +88,7 @@ def test_a_variant_that_drew_and_now_filters_leaves_nothing_of_what_it_drew(tiny
     ]
     for variant in [*variants, variants[0]]:
         profile = profiles.load("smoke").model_copy(update={"variants": {NAME: variant}})
-        monkeypatch.setattr(params, "load_profile", lambda name, profile=profile: profile)
+        monkeypatch.setattr(profiles, "load", lambda name, profile=profile: profile)
         s = study.open_category(tiny_parameters)
         stages.sample(s, NAME, 0)
         drawn = sampling.load(s.folder(NAME, 0).path)

@@ -84,6 +84,11 @@ def test_a_run_is_audited_from_its_folder_alone(tiny_parameters):
     table = prepare.manifest(tiny_parameters)
     assert every["shots"] == (table["side"] == "shot").sum() > counts["shots"], "one fit for all learned from all"
     assert every["test images"] == counts["test images"]
+    filtered = folder.parents[1] / "crop_paste_filtered" / folder.name
+    shutil.copytree(folder, filtered)
+    (filtered / "fit.json").unlink()
+    (filtered / "sample.json").write_text(json.dumps(made | {"parameters": {"of": "crop_paste"}}))
+    assert leaks.of_run(filtered)[1]["shots"] == every["shots"], "and so did what a filter keeps of it"
     with pytest.raises(ValueError, match="is no run: name a folder such as"):
         leaks.of_run(folder.parent)
     with pytest.raises(ValueError, match="say with --data-root where the data set lies now"):

@@ -1,5 +1,6 @@
 import json
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -101,3 +102,23 @@ def test_on_one_thread_waiting_for_others_does_not_count(threads, clock):
         torch.set_num_threads(before)
     time.sleep(0.3)
     assert name == clock and (passed() >= 0.3) == (clock == "wall")
+
+
+def test_no_two_make_a_stage_at_once(tmp_path):
+    class Here:
+        def folder(self, method, seed):
+            return RunFolder(tmp_path / method / f"s{seed}")
+
+    inside, most = [], []
+
+    @runs.alone
+    def made(s, method, seed):
+        inside.append(method)
+        most.append(inside.count(method))
+        time.sleep(0.02)
+        inside.remove(method)
+        return {}
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda i: made(Here(), ("a", "b")[i % 2], 0), range(8)))
+    assert len(most) == 8 and max(most) == 1

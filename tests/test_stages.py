@@ -192,3 +192,21 @@ def test_one_fit_may_serve_all_categories(tiny_parameters, tmp_path, monkeypatch
     stages.sample(lone, name, 0)
     own = [f"{lone.category}/{lone.defects[0]}", *both[: len(first.defects)]]
     assert list(lone.load(name, 0).areas) == own, "outside the grid: a fit of its own"
+
+
+def test_names_that_are_numbers_stay_names(tiny_mini, tiny_parameters, tmp_path):
+    root = shutil.copytree(tiny_mini / "brick", tmp_path / "data" / "01")
+    for side in ("test", "ground_truth"):
+        known = sorted(folder for folder in (root / side).iterdir() if folder.name != "good")
+        for folder, name in zip(known, ("01", "1")):
+            folder.rename(root / side / name)
+        for folder in known[2:]:
+            shutil.rmtree(folder)
+    asked = tiny_parameters.model_copy(update={"dataset": "folder", "data_root": str(root.parent)})
+    s = study.open_category(asked)
+    assert (s.category, s.defects) == ("01", ("01", "1"))
+    rows = stages.quality(s, "crop_paste", 0)["metrics"]
+    seen = {m["defect"]: m["protocol"]["n_generated"] for m in rows if m["metric"] == "tiny-kid"}
+    assert seen == dict.fromkeys(s.defects, s.n_per_defect("crop_paste"))
+    drawn = sampling.load(s.folder("crop_paste", 0).path)
+    assert {(sample.category, sample.defect) for sample in drawn} == {("01", "01"), ("01", "1")}

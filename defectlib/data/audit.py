@@ -141,7 +141,7 @@ def audit(name: str, root: Path | str) -> pd.DataFrame:
     facts: dict[str, _File] = {}
     usable = [_look(report, row, root, facts) for row in scan.rows]
     _copies(report, scan, facts)
-    _categories(report, scan, usable, root)
+    _categories(report, scan, usable)
     for row in scan.rows:
         if not Path(row["image"]).stem.isdigit():
             report.note("names that are not numbers", row["category"], row["defect"], row["image"])
@@ -196,7 +196,7 @@ def _look(report: _Report, row: dict[str, str], root: Path, facts: dict[str, _Fi
     if not row["mask"]:
         if defect != GOOD:
             report.add("image without mask", category, row["image"])
-        row["defect"] = defect or GOOD
+        row["defect"] = defect or "defect"
         return False
     mask = _decode(report, row, root, row["mask"])
     if not mask.good:
@@ -279,7 +279,7 @@ def _copies(report: _Report, scan: Scan, facts: dict[str, _File]) -> None:
             report.add("byte-identical images", category, path, f"the same as {paths[0]}")
 
 
-def _categories(report: _Report, scan: Scan, usable: list[bool], root: Path) -> None:
+def _categories(report: _Report, scan: Scan, usable: list[bool]) -> None:
     """What a category lacks as a whole, and what the release should hold."""
     table = pd.DataFrame(scan.rows, columns=["category", "defect", "id", "role", "image", "mask", "group"])
     table["usable"] = usable

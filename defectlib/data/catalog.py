@@ -28,8 +28,8 @@ def as_found(table: pd.DataFrame, root: Path, threshold: int) -> pd.DataFrame:
 
 
 def by_mask(table: pd.DataFrame, root: Path, threshold: int) -> pd.DataFrame:
-    """KolektorSDD2: an image whose mask is empty, or that has none, is normal; the others show a defect."""
-    empty = [not mask or not (images.mask_values(root / mask) > threshold).any() for mask in table["mask"]]
+    """KolektorSDD2: an image whose mask is empty is normal; one without a mask may show anything, and is left out."""
+    empty = [bool(mask) and not (images.mask_values(root / mask) > threshold).any() for mask in table["mask"]]
     return table.assign(defect=np.where(empty, GOOD, "defect"))
 
 

@@ -278,19 +278,3 @@ def manifest_file(rule: str, seed: int = 0) -> Path:
     """Where the committed manifest of MVTec AD lies."""
     suffix = f"_s{seed}" if rule == "random_thirds" else ""
     return MANIFESTS / f"mvtec_ad_{rule}{suffix}.csv"
-
-
-def write_published() -> list[Path]:
-    """Write the committed manifests of MVTec AD again; returns their files."""
-    made = []
-    for rule, seed in (
-        ("first_third", 0),
-        ("ten_shots", 0),
-        ("all_shots", 0),
-        ("random_thirds", 0),
-        ("random_thirds", 1),
-        ("random_thirds", 2),
-    ):
-        write(published_split(rule, seed), manifest_file(rule, seed))
-        made.append(manifest_file(rule, seed))
-    return made

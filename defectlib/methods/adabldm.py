@@ -53,7 +53,7 @@ from defectlib.control import denoising_loss, embedded_once, new_controlnet, ste
 from defectlib.decoder import Part, adapted
 from defectlib.diffusion import Hook, at_level, denoise, dilated, kept_outside, noise_like, to_latents
 from defectlib.masks.trimap import depths_of, foreground, trimap
-from defectlib.methods.base import MethodConfig, register
+from defectlib.methods.base import MethodConfig, register, require_base, require_fitted_on, require_prompts
 from defectlib.training import Curve, FitSettings, State, digest, fit, once
 from defectlib.types import Request, Sample, Shot
 
@@ -184,8 +184,7 @@ class AdaBLDM:
     one_normal_a_group = False
 
     def __init__(self, config: AdaBLDMConfig, backbone: Backbone | None = None) -> None:
-        if backbone is None:
-            raise ValueError("AdaBLDM needs a base model: give backbone.load('tiny') or 'sd15'")
+        require_base(backbone, "AdaBLDM")
         self.config, self.base, self.backbone = config, backbone, backbone
         self.adapter: State = {}
         self.states: dict[str, State] = {}
@@ -206,10 +205,7 @@ class AdaBLDM:
             raise ValueError("AdaBLDM needs at least one shot of a defect to learn from")
         if not normals:
             raise ValueError("AdaBLDM pastes defects on normal images: give at least one in train/good")
-        if lacking := sorted({shot.defect for shot in shots} - set(prompts)):
-            raise ValueError(
-                f"there is no prompt for the defect {lacking[0]}: name it in the category's parameter file"
-            )
+        require_prompts(shots, prompts)
         self.base.latent_shape(normals[0].shape[-1])
         objects = [foreground(image) for image in normals]
         largest = max(int(found.sum()) for found in objects)
@@ -456,8 +452,7 @@ class AdaBLDM:
         """
         described = json.loads((folder / "method.json").read_text())
         method = cls(cls.Config(**described["config"]), backbone)
-        if described["backbone"] != backbone.digest:
-            raise ValueError(f"{folder} was fitted on another base model than '{backbone.name}': fit it anew")
+        require_fitted_on(described["backbone"], backbone, folder)
         method.backbone, method.adapter = adaptation.read(folder, backbone, method.config)
         for defect, curve in described["curves"].items():
             file = folder / "controlnet" / defect / "diffusion_pytorch_model.safetensors"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
@@ -125,9 +125,27 @@ def configure(name: str, values: dict[str, Any]) -> MethodConfig:
         raise ValueError(f"configuration of method '{name}': {wrong}") from error
 
 
-def covers_dataset(config: MethodConfig) -> bool:
+def covers_dataset(method: type[Method], config: MethodConfig) -> bool:
     """Whether one fit with this configuration serves all categories of a data set."""
-    return getattr(config, "scope", None) == "dataset"
+    return getattr(config, "scope", method.scope) == "dataset"
+
+
+def require_base(backbone: Backbone | None, title: str) -> None:
+    """ValueError where a method that draws with a base model was given none."""
+    if backbone is None:
+        raise ValueError(f"{title} needs a base model: give backbone.load('tiny') or 'sd15'")
+
+
+def require_prompts(shots: Sequence[Shot], prompts: Mapping[str, str]) -> None:
+    """ValueError where a defect that is to be learned has no prompt."""
+    if lacking := sorted({shot.defect for shot in shots} - set(prompts)):
+        raise ValueError(f"there is no prompt for the defect {lacking[0]}: name it in the category's parameter file")
+
+
+def require_fitted_on(digest: str, backbone: Backbone, folder: Path) -> None:
+    """ValueError where a fit, read from a folder, is of another base model."""
+    if digest != backbone.digest:
+        raise ValueError(f"{folder} was fitted on another base model than '{backbone.name}': fit it anew")
 
 
 def save_shots(shots: Sequence[Shot], folder: Path) -> list[dict[str, str]]:

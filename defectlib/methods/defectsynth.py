@@ -45,7 +45,15 @@ from defectlib.control import denoising_loss, embedded_once, new_controlnet, ste
 from defectlib.diffusion import at_level, denoise, dilated, noise_like, reach, to_latents
 from defectlib.fusion import fuse
 from defectlib.masks import alignment
-from defectlib.methods.base import MethodConfig, load_shots, register, save_shots
+from defectlib.methods.base import (
+    MethodConfig,
+    load_shots,
+    register,
+    require_base,
+    require_fitted_on,
+    require_prompts,
+    save_shots,
+)
 from defectlib.training import Curve, FitSettings, State, fit
 from defectlib.types import Request, Sample, Shot
 
@@ -157,8 +165,7 @@ class DefectSynth:
     one_normal_a_group = False
 
     def __init__(self, config: DefectSynthConfig, backbone: Backbone | None = None) -> None:
-        if backbone is None:
-            raise ValueError("DefectSynth needs a base model: give backbone.load('tiny') or 'sd15'")
+        require_base(backbone, "DefectSynth")
         self.config, self.base, self.backbone = config, backbone, backbone
         self.adapter: State = {}
         self.shots: list[Shot] = []
@@ -176,10 +183,7 @@ class DefectSynth:
         """
         if not shots:
             raise ValueError("DefectSynth needs at least one shot of a defect to learn from")
-        if lacking := sorted({shot.defect for shot in shots} - set(prompts)):
-            raise ValueError(
-                f"there is no prompt for the defect {lacking[0]}: name it in the category's parameter file"
-            )
+        require_prompts(shots, prompts)
         config, self.shots, self._latents = self.config, list(shots), {}
         if config.adapt_steps:
             self._adapt(normals, seed, workdir / "adaptation")
@@ -349,8 +353,7 @@ class DefectSynth:
         """
         described = json.loads((folder / "method.json").read_text())
         method = cls(cls.Config(**described["config"]), backbone)
-        if described["backbone"] != backbone.digest:
-            raise ValueError(f"{folder} was fitted on another base model than '{backbone.name}': fit it anew")
+        require_fitted_on(described["backbone"], backbone, folder)
         method.backbone, method.adapter = adaptation.read(folder, backbone, method.config)
         method.shots = load_shots(folder, described["shots"])
         method.curve = [tuple(point) for point in described["curve"]]

@@ -30,7 +30,7 @@ from defectlib.diffusion import denoise, noise_like
 from defectlib.masks.extraction import FLOOR, extract
 from defectlib.masks.interpolation import area_of, flaws
 from defectlib.masks.trimap import foreground
-from defectlib.methods.base import MethodConfig
+from defectlib.methods.base import MethodConfig, require_base, require_fitted_on
 from defectlib.training import Curve, FitSettings, State, digest, fit, once
 from defectlib.types import Request, Sample, Shot
 
@@ -96,8 +96,7 @@ class PairMethod:
     one_normal_a_group = True
 
     def __init__(self, config: PairConfig, backbone: Backbone | None = None) -> None:
-        if backbone is None:
-            raise ValueError(f"{self.title} needs a base model: give backbone.load('tiny') or 'sd15'")
+        require_base(backbone, self.title)
         self.config, self.backbone = config, backbone
         self.states: dict[str, State] = {}
         self.curves: dict[str, Curve] = {}
@@ -179,7 +178,7 @@ class PairMethod:
         """The class that a defect is drawn as, for ``BranchUNet.fold``."""
         return None
 
-    def step(self, dual: Dual, pictures: Pictures, shots: Sequence[Shot]) -> Callable[..., dict[str, Any]]:
+    def step(self, pictures: Pictures, shots: Sequence[Shot]) -> Callable[..., dict[str, Any]]:
         """What a training step is given besides its rows: items (B,) to the keyword arguments of ``dual_loss``."""
         return lambda items: {}
 
@@ -211,7 +210,7 @@ class PairMethod:
                 dual.set_trained(start)
                 for name, value in zip(dual.names, dual.trained, strict=True):
                     value.requires_grad_(name.endswith(OWN))
-            given = self.step(dual, pictures, shots)
+            given = self.step(pictures, shots)
 
             def loss(items: Tensor, generator: torch.Generator) -> Tensor:
                 clean = {name: x[items] for name, x in latents.items()}
@@ -387,8 +386,7 @@ class PairMethod:
         """
         described = json.loads((folder / "method.json").read_text())
         method = cls(cls.Config(**described["config"]), backbone)
-        if described["backbone"] != backbone.digest:
-            raise ValueError(f"{folder} was fitted on another base model than '{backbone.name}': fit it anew")
+        require_fitted_on(described["backbone"], backbone, folder)
         method.areas = {defect: tuple(ends) for defect, ends in described["areas"].items()}
         method._dual = method.untrained(0).requires_grad_(False)
         for group, curve in described["curves"].items():

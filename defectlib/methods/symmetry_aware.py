@@ -191,7 +191,7 @@ class SymmetryAware(PairMethod):
         images, parts = zip(*drawn, strict=True)
         return torch.cat(images), torch.cat(parts)
 
-    def step(self, dual: Dual, pictures: Pictures, shots: Sequence[Shot]) -> Callable[[Tensor], dict[str, Any]]:
+    def step(self, pictures: Pictures, shots: Sequence[Shot]) -> Callable[[Tensor], dict[str, Any]]:
         """Classes of the rows, and SGRL's weights, which are computed once a picture."""
         config, base = self.config, self.backbone
         order = list(self.areas)

@@ -7,6 +7,10 @@ Modules are imported by name (``from defectlib.metrics import quality``); import
 * :mod:`~defectlib.metrics.tiny`: the small extractor that is shipped, and the recipe that trained it
 * :mod:`~defectlib.metrics.fidelity`: the small extractor inside torch-fidelity
 * :mod:`~defectlib.metrics.perceptual`: LPIPS between embeddings; IC-LPIPS and its protocols
-* :mod:`~defectlib.metrics.quality`: KID, IS, and all four measures of a set at once
+* :mod:`~defectlib.metrics.quality`: KID, IS, and every measure of a set at once
+* :mod:`~defectlib.metrics.neighbours`: precision, recall, density and coverage
+* :mod:`~defectlib.metrics.nearest`: the nearest shot of a sample, and how far samples keep from the shots
+* :mod:`~defectlib.metrics.symmetry`: what an image's own best symmetry does not explain
+* :mod:`~defectlib.metrics.bootstrap`: intervals
 * :mod:`~defectlib.metrics.regions`: mask IoU, AUROC, AP, F1; classification scores
 """

@@ -92,7 +92,7 @@ MASK_STRATEGIES = {
 }
 
 PERCENT = frozenset({
-    "accuracy", "f1_macro", "image_auroc", "image_ap", "image_f1", "image_f1_50", "image_f1_max", "image_f1_max_21",
+    "accuracy", "f1_macro", "image_auroc", "image_ap", "image_f1", "image_f1_50", "image_f1_max",
     "pixel_auroc", "pixel_ap", "pixel_f1", "pixel_f1_50", "pixel_f1_max", "pixel_f1_max_21",
     "pro", "iap", "iap90",
 })  # fmt: skip

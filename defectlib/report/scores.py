@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-import torch
 from torch import Tensor
 
 from defectlib import judges, paths, sampling, training
@@ -98,7 +97,7 @@ def scores(s: Study, method: str, seed: int, defect: str) -> pd.DataFrame:
 
 @functools.lru_cache(maxsize=256)
 def _scored(run: _Run, defect: str) -> pd.DataFrame:
-    report = pd.read_csv(run.folder / "samples.csv", keep_default_na=False).astype({"defect": str})
+    report = sampling.read_report(run.folder)
     table = report[report["defect"] == defect].sort_values("seed", ignore_index=True)[["seed", "defect", *DRAWN]]
     if table.empty:
         there = ", ".join(report["defect"].unique()) or "none"
@@ -129,8 +128,8 @@ def _lpips(s: Study, drawn: Sequence[Tensor], real: Sequence[Tensor]) -> np.ndar
 
 def _mask_seen(run: _Run, defect: str, drawn: Sequence[Sample]) -> list[float] | float:
     """See :func:`defectlib.judges.seen`; withheld, as in the tables, where the reader misses real defects too."""
-    real = [(image, mask) for image, mask, name, _ in run.study.held_out(run.seed) if name == defect]
-    if real and np.mean(judges.seen(run.study, run.seed, *map(torch.stack, zip(*real)))) < judges.SEEN_LEAST:
+    _, known = judges.sees(run.study, run.seed, defect, run.study.held_out(run.seed))
+    if known is not None and known < judges.SEEN_LEAST:
         return np.nan
     return judges.seen(run.study, run.seed, *sampling.stack(drawn))
 

@@ -183,8 +183,10 @@ def test_empty_masks_of_ksdd2_are_normals(trees, tmp_path, draw_blob, write_imag
         mask = draw_blob(i) * (i % 2)
         trees.image(tmp_path / f"train/{i}.png", mask)
         write_image(tmp_path / f"train/{i}_GT.png", mask)
+    trees.image(tmp_path / "train/4.png", draw_blob(4))
     table = audit.audit("ksdd2", tmp_path)
     assert found(table, "empty mask").empty and not audit.spoils(table)
+    assert files(table, "image without mask") == {"train/4.png"}
 
 
 @pytest.mark.parametrize(

@@ -82,13 +82,15 @@ def test_ksdd2_layout_tells_normals_by_their_empty_mask(trees, tmp_path, draw_bl
     ):
         trees.image(tmp_path / role / f"{number}.png", mask)
         write_image(tmp_path / role / f"{number}_GT.png", mask)
+    trees.image(tmp_path / "train" / "10002.png", draw_blob(3))
     table = layouts.index("ksdd2", tmp_path)
     assert counts(table) == {
-        ("ksdd2", "defect", "train"): 1,
+        ("ksdd2", "defect", "train"): 2,  # one has lost its mask: it is no normal
         ("ksdd2", "defect", "test"): 1,
         ("ksdd2", "good", "train"): 1,
     }
     assert table[table["defect"] == "good"]["mask"].item() == ""
+    assert (table.loc[table["defect"] == "defect", "mask"] == "").sum() == 1
 
 
 def test_deepcrack_takes_21_photographs_and_paints_their_cracks_over(trees, tmp_path):

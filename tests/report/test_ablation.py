@@ -1,6 +1,7 @@
 import pandas as pd
 import pytest
 
+from defectlib.metrics import regions
 from defectlib.report import ablation, formats, layout, page
 
 PART = "dualanodiff_no_interaction"
@@ -22,7 +23,8 @@ def table():
         (PART, 0, "crack", "mask_seen", None), (PART, 1, "crack", "mask_seen", 0.25),
         ("dualanodiff", 0, "", "accuracy", 0.5), ("dualanodiff", 1, "", "accuracy", 0.75),
         ("shots_only", 0, "", "accuracy", 0.5), ("shots_only", 1, "", "accuracy", 0.5),
-        ("dualanodiff", 0, "crack", "accuracy_by_defect", 0.9), ("dualanodiff", 0, "", "accuracy_oracle", 0.9),
+        ("dualanodiff", 0, "crack", "accuracy" + regions.BY_DEFECT, 0.9),
+        ("dualanodiff", 0, "", "accuracy" + regions.ORACLE, 0.9),
     ))  # fmt: skip
 
 
