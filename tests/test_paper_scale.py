@@ -32,6 +32,10 @@ SMALLER = {
         "symmetry_aware": {"steps": 1, "num_inference_steps": 2},
         "adabldm": {"steps": 2, "composites": 4, "adapt_steps": 1, "num_inference_steps": 2, "decoder_steps": 2},
     },
+    "variants": {
+        name: {"config": {"num_inference_steps": 2}}
+        for name in ("dualanodiff_compensated", "symmetry_aware_compensated")
+    },
     "data": {"image_size": 128, "max_normals": 4, "max_test_normals": 2},
     "sample": {"n_per_defect": 4, "n_of": {"dualanodiff": 4, "symmetry_aware": 4, "adabldm": 4}},
     "quality": {"kid_subsets": 2, "seeds": [0]},
