@@ -250,14 +250,16 @@ def _matrices(
     """Square matrices beside each other, shaded between the ends of a colour map, with a text in every field."""
     n, longest = len(labels), max(map(len, labels)) * 0.07
     side = max(1.7, 0.52 * n + 0.4)
-    figure = Picture(figsize=(side * len(shades) + longest + 0.3, side + longest + 0.55), layout="constrained")
+    upright = n > 3 or longest > 0.8
+    below = longest if upright else 0.2
+    figure = Picture(figsize=(side * len(shades) + longest + 0.3, side + below + 0.55), layout="constrained")
     grid = figure.subplots(1, len(shades), squeeze=False, sharey=True)[0]
     for axes, (name, shade) in zip(grid, shades.items()):
         axes.imshow(shade, cmap=colours, vmin=ends[0], vmax=ends[1])
         for y, x in np.ndindex(n, n):
             ink = "white" if abs(shade[y, x]) > 0.55 * ends[1] else "#222222"
             axes.text(x, y, texts[name][y, x], ha="center", va="center", color=ink)
-        axes.set_xticks(range(n), labels, rotation=90 if n > 3 or longest > 0.8 else 0)
+        axes.set_xticks(range(n), labels, rotation=90 if upright else 0)
         axes.set_yticks(range(n), labels)
         axes.set_title("\n".join(textwrap.wrap(layout.method_title(name), int(side / 0.095))))
         axes.grid(visible=False)
