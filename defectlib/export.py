@@ -21,6 +21,7 @@ import pandas as pd
 
 from defectlib import images, paths, sampling, study
 from defectlib.data.catalog import DATASETS
+from defectlib.methods import base
 from defectlib.params import Parameters
 
 
@@ -65,11 +66,10 @@ def export(parameters: Parameters, method: str, seed: int, folder: Path) -> pd.D
 
 
 def _category(parameters: Parameters, category: str, method: str, seed: int, folder: Path) -> list[dict]:
-    variant = parameters.settings().variants.get(method)
-    asked = {"methods": [variant.of if variant else method], "variants": [method] if variant else []}
-    asked["category"] = category
+    run, target = parameters.dataset_folder() / category / method / f"s{seed}", folder / category
+    drawn = json.loads((run / "sample.json").read_text())["parameters"]["prompts"]
+    asked = {"category": category, "methods": [base.method_of(method)], "variants": [], "defects": list(drawn)}
     s = study.open_category(parameters.model_copy(update=asked))  # what the run did not ask for refuses nothing
-    run, target = s.folder(method, seed).path, folder / category
     report = sampling.read_report(run)
     samples = sampling.load(run)
     kept = {sample.seed for sample in samples if sampling.teaches(sample)}

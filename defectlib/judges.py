@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from defectlib import downstream as models
-from defectlib import sampling
+from defectlib import paths, sampling
 from defectlib.metrics import regions
 from defectlib.profiles import TrainSettings
 from defectlib.study import SHOTS_ONLY, Study
@@ -64,7 +64,9 @@ def _of_shots(
         state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
         return state, list(enumerate(losses, 1))
 
-    state, _ = once(*_kept(s, seed, name, settings), learned)
+    file, asked = _kept(s, seed, name, settings)
+    with paths.locked(file.with_name(f".{name}.lock")):  # jobs of many methods ask for one
+        state, _ = once(file, asked, learned)
     model = build(settings.model_copy(update={"pretrained": False}))
     model.load_state_dict(state)
     return model.to(models.device()).eval()

@@ -22,6 +22,7 @@ from defectlib import images, paths, sampling
 from defectlib.data import layouts
 from defectlib.data.likeness import likeness, structure
 from defectlib.data.readers import IMAGE_SUFFIXES
+from defectlib.methods import base
 
 LIKENESS = 0.7
 """Correlation from which two pictures are reported as near-duplicates."""
@@ -110,9 +111,12 @@ def _serves_all(folder: Path) -> bool:
     """Whether a run's fit learned from other categories too."""
     files = [file for stage in ("fit", "sample") if (file := folder / f"{stage}.json").is_file()]
     told = [json.loads(file.read_text())["parameters"] for file in files]
-    if of := next((one["of"] for one in told if "of" in one), None):  # a filter has the fit of its method
+    configs, name = [one["config"] for one in told if "config" in one], folder.parent.name
+    of = base.method_of(name)
+    if not configs and of not in (None, name):  # a filter has the fit of its method
         return _serves_all(folder.parents[1] / of / folder.name)
-    return any("fitted_with" in one or one.get("config", {}).get("scope") == "dataset" for one in told)
+    scope = base.get(of).scope if of else None
+    return any("fitted_with" in one for one in told) or "dataset" in {one.get("scope", scope) for one in configs}
 
 
 def _copies(folder: Path, shots: pd.DataFrame, root: Path) -> pd.DataFrame:

@@ -81,7 +81,7 @@ def _points(s: Study, method: str, seed: int) -> list[tuple[str, list[int], int]
 
 def _point(s: Study, method: str, seed: int, task: str, axis: str, n: int, steps: int) -> dict[str, Any]:
     """One point of a curve: as kept, as the downstream stage of the shots has it, or trained now."""
-    if (axis, n) == ("samples", 0):
+    if (axis, n) == ("samples", 0) and s.shot_rule(method) is None:
         alone = _score(evaluation.downstream(s, SHOTS_ONLY, seed), task)
         if alone["value"] is None or _steps(s, alone) == steps:
             return _row(task, axis, n, alone["value"], alone["protocol"])

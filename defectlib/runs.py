@@ -193,8 +193,9 @@ def stage(
     """
     folder.supersede(name, key)
     resolved = folder.path / "params.json"
-    known = json.loads(resolved.read_text()) if resolved.is_file() else {}
-    paths.write_text(resolved, json.dumps(known | {name: parameters}, indent=1))
+    with paths.locked(folder.path / ".params.lock"):  # stages of one run may be made side by side
+        known = json.loads(resolved.read_text()) if resolved.is_file() else {}
+        paths.write_text(resolved, json.dumps(known | {name: parameters}, indent=1))
     metrics: list[dict[str, Any]] = []
     _forget_peak_memory()
     started, clock = time.strftime("%Y-%m-%dT%H:%M:%S%z"), time.perf_counter()
@@ -208,7 +209,7 @@ def stage(
 
 
 def alone(make: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
-    """A stage, (study, method, seed) to its record, that no two processes make at once: the later one then finds it.
+    """A stage, (study, method, seed) to its record, that no two processes of a machine make at once: the later finds it.
 
     Two notebooks may ask for one fit, and jobs of many methods for the row of the shots. A stage waits only for those
     that it is made from, so two cannot wait for each other.

@@ -163,8 +163,7 @@ def keep(s: Study, name: str, seed: int) -> dict[str, Any]:
     folder, key = s.folder(name, seed), runs.stage_key(values, [upstream["key"]])
     if (record := folder.complete("sample", key)) is not None:
         return record
-    told, made_from = values | {"of": method}, {"sample": upstream["key"]}
-    with runs.stage(folder, "sample", key, s.identity(name, seed), told, made_from) as metrics:
+    with runs.stage(folder, "sample", key, s.identity(name, seed), values, {"sample": upstream["key"]}) as metrics:
         source = s.folder(method, seed).path
         report = sampling.read_report(source)
         bad = set(sampling.problems(report)["seed"])

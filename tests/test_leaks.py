@@ -9,6 +9,7 @@ from PIL import Image, ImageEnhance
 
 from defectlib import cli, leaks, prepare, stages, study
 from defectlib.data import layouts, splits
+from defectlib.methods import base
 
 
 @pytest.fixture
@@ -63,7 +64,7 @@ def test_lists_are_folders_or_text(lists, tmp_path, capsys):
         leaks.between([], [text])
 
 
-def test_a_run_is_audited_from_its_folder_alone(tiny_parameters):
+def test_a_run_is_audited_from_its_folder_alone(tiny_parameters, monkeypatch):
     s = study.open_category(tiny_parameters)
     stages.sample(s, "crop_paste", 0)
     folder = s.folder("crop_paste", 0).path
@@ -77,17 +78,21 @@ def test_a_run_is_audited_from_its_folder_alone(tiny_parameters):
     shutil.copy(stolen, drawn)
     copied, _ = leaks.of_run(folder)
     assert (leaks.SAMPLE, str(drawn)) in set(zip(copied["found"], copied["test"])), shot.id
+    with monkeypatch.context() as patched:
+        patched.setattr(base.get("crop_paste"), "scope", "dataset")
+        _, of_all = leaks.of_run(folder)
     made = json.loads((folder / "sample.json").read_text())
     made["parameters"]["config"]["scope"] = "dataset"
     (folder / "sample.json").write_text(json.dumps(made))
     _, every = leaks.of_run(folder)
     table = prepare.manifest(tiny_parameters)
     assert every["shots"] == (table["side"] == "shot").sum() > counts["shots"], "one fit for all learned from all"
+    assert of_all["shots"] == every["shots"], "whether its configuration says so, or its class"
     assert every["test images"] == counts["test images"]
     filtered = folder.parents[1] / "crop_paste_filtered" / folder.name
     shutil.copytree(folder, filtered)
     (filtered / "fit.json").unlink()
-    (filtered / "sample.json").write_text(json.dumps(made | {"parameters": {"of": "crop_paste"}}))
+    (filtered / "sample.json").write_text(json.dumps(made | {"parameters": {}}))
     assert leaks.of_run(filtered)[1]["shots"] == every["shots"], "and so did what a filter keeps of it"
     with pytest.raises(ValueError, match="is no run: name a folder such as"):
         leaks.of_run(folder.parent)

@@ -116,6 +116,11 @@ def get(name: str) -> type[Method]:
     return _REGISTRY[name]
 
 
+def method_of(run: str) -> str | None:
+    """The method that a run's name is of: its own, or the one that a variant's begins with; None: none that is here."""
+    return max((name for name in names() if run == name or run.startswith(f"{name}_")), key=len, default=None)
+
+
 def configure(name: str, values: dict[str, Any]) -> MethodConfig:
     """The validated configuration of a method from a profile's values (defaults are the paper's)."""
     try:
