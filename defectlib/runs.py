@@ -209,10 +209,10 @@ def stage(
 
 
 def alone(make: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
-    """A stage, (study, method, seed) to its record, that no two processes of a machine make at once: the later finds it.
+    """A stage, (study, method, seed) to its record, never made by two processes of a machine at once.
 
-    Two notebooks may ask for one fit, and jobs of many methods for the row of the shots. A stage waits only for those
-    that it is made from, so two cannot wait for each other.
+    Two notebooks may ask for one fit, and jobs of many methods for the row of the shots: the later one reads what is
+    there then. A stage waits only for those that it is made from, so two cannot wait for each other.
     """
 
     @functools.wraps(make)
