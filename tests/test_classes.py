@@ -3,13 +3,16 @@
 import copy
 
 import pytest
+import safetensors.torch
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 
 from defectlib import diffusion
 from defectlib.branches import BranchUNet, classes, gates, guidance
 from defectlib.branches.classes import ClassScaled, Rows, scaled_layers
-from defectlib.branches.routing import BRANCHES
+from defectlib.branches.routing import BRANCHES, PROJECTIONS, lora
 from defectlib.branches.vera import Vectors
 
 STEP = torch.tensor(500)
@@ -44,7 +47,7 @@ def test_coefficients_by_hand():
     entered = hidden @ scaled.weight.T
     for i, k in enumerate((2, 0)):
         assert torch.allclose(found[i], entered[i] * (1 + scaled.departure[k]))
-    assert torch.equal(scaled(hidden), scaled.linear(hidden)), "outside, what all share"
+    assert torch.equal(scaled(hidden), entered), "outside, what all share"
 
 
 def test_between_two_classes_lies_their_weighted_mean():
@@ -71,8 +74,8 @@ def test_regularisers_by_hand():
     with torch.no_grad():
         first.departure.copy_(torch.tensor([[3.0, 0, 0, 0], [0, 4.0, 0, 0]]))
         second.departure.zero_()
-        first.linear.weight.copy_(torch.eye(4, 5))
-        second.linear.weight.copy_(torch.tensor([[1.0, 0, 0, 0, 0]] * 4))
+        first.weight.copy_(torch.eye(4, 5))
+        second.weight.copy_(torch.tensor([[1.0, 0, 0, 0, 0]] * 4))
     assert classes.shrinkage([first, second]) == 12.5
     assert classes.orthogonality([first]) == 0 and classes.orthogonality([second]) == 12
     assert classes.discrepancy([first, second], 0.0) == 0
@@ -84,9 +87,7 @@ def test_one_class_without_a_departure_is_lora_to_the_bit(untrained):
     noisy, text = rows(untrained)
     plain = disturbed(BranchUNet(untrained.unet, 4, 0))
     with_classes = BranchUNet(untrained.unet, 4, 0, classes=1, start=0.0)
-    state = {name.replace(".linear.", "."): value for name, value in plain.state_dict().items()}
-    own = with_classes.state_dict()
-    with_classes.load_state_dict({n: state.get(n.replace(".linear.", "."), value) for n, value in own.items()})
+    with_classes.load_state_dict(with_classes.state_dict() | plain.state_dict())
     with torch.no_grad():
         expected = plain(noisy, STEP, text)
         assert torch.equal(with_classes(noisy, STEP, text, classes=torch.zeros(2, dtype=torch.long)), expected)
@@ -120,6 +121,23 @@ def test_an_adapter_call_keeps_the_coefficients(untrained):
     assert all(found.departure.requires_grad for found in scaled_layers(branches))
     copied = copy.deepcopy(branches)
     assert all(a.rows is copied.rows for a in scaled_layers(copied)), "a copy has rows of its own"
+
+
+def test_what_classes_share_is_a_lora_of_pefts(untrained, tmp_path):
+    """By its own reading and writing: into a UNet that knows nothing of classes, and from it into one that does."""
+    branches, plain = disturbed(BranchUNet(untrained.unet, 4, 0, classes=2)), copy.deepcopy(untrained.unet)
+    plain.add_adapter(lora(4, PROJECTIONS), "image")
+    kept = get_peft_model_state_dict(branches.unet, adapter_name="image")
+    safetensors.torch.save_file({n: v.contiguous() for n, v in kept.items()}, tmp_path / "lora.safetensors")
+    found = set_peft_model_state_dict(plain, safetensors.torch.load_file(tmp_path / "lora.safetensors"), "image")
+    assert found.unexpected_keys and all(name.endswith(".departure") for name in found.unexpected_keys)
+    into = BranchUNet(untrained.unet, 4, 1, classes=2)
+    set_peft_model_state_dict(into.unet, get_peft_model_state_dict(plain, adapter_name="image"), "image")
+    layers = [[m for m in of.modules() if isinstance(m, LoraLayer)] for of in (branches.unet, plain, into.unet)]
+    assert len(layers[1]) == 4 * len(branches.processors)
+    for ours, theirs, back in zip(*layers, strict=True):
+        assert torch.equal(ours.get_delta_weight("image"), theirs.get_delta_weight("image"))
+        assert torch.equal(ours.get_delta_weight("image"), back.get_delta_weight("image"))
 
 
 def vera(untrained, n=2):

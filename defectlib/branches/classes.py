@@ -44,8 +44,8 @@ OWN = (".departure", ".vectors")
 class Scaled(nn.Module, ABC):
     """One matrix W of a LoRA layer, in the place of peft's, with coefficients of the row's class: s_c * (W x).
 
-    A batch of mixed classes goes through in one pass; no weights are merged. ``weight`` is what all classes share, as
-    peft reads it.
+    A batch of mixed classes goes through in one pass; no weights are merged. Every form has a ``weight``, (out, in):
+    what all classes share, where peft looks for it.
 
     Args:
         rows: The batch's classes.
@@ -66,11 +66,6 @@ class Scaled(nn.Module, ABC):
     @abstractmethod
     def shared(self) -> Tensor:
         """What stands for s_c where no class is asked for, (out,)."""
-
-    @property
-    def weight(self) -> Tensor:
-        """diag(s) W of what all classes share."""
-        return self.shared()[:, None] * self.base()
 
     def of_rows(self, classes: Tensor) -> Tensor:
         """S of rows with these classes, (N, out); between classes, that of the weighted mean."""
@@ -95,6 +90,8 @@ class Scaled(nn.Module, ABC):
 
 class ClassScaled(Scaled):
     """A of one LoRA layer with class-dependent coefficients, s_c = 1 + d_c.
+
+    A keeps its name in peft's state: what classes share is a LoRA of peft's, and starts from one.
 
     Args:
         linear: A, (r, width).
@@ -121,12 +118,12 @@ class ClassScaled(Scaled):
         blocks = rank if blocks is None else blocks
         if rank % blocks:
             raise ValueError(f"{blocks} blocks do not divide rank {rank}: choose a divisor for tie_blocks")
-        self.linear, self.tied = linear, rank // blocks
+        self.weight, self.tied = linear.weight, rank // blocks
         self.departure = nn.Parameter(start * torch.randn(classes, blocks, generator=generator))
 
     def base(self) -> Tensor:
         """A, (r, width)."""
-        return self.linear.weight
+        return self.weight
 
     def coefficients(self) -> Tensor:
         """s_c of every class, (K, r)."""
@@ -134,7 +131,7 @@ class ClassScaled(Scaled):
 
     def shared(self) -> Tensor:
         """One: no departure."""
-        return self.linear.weight.new_ones(self.linear.out_features)
+        return self.weight.new_ones(len(self.weight))
 
 
 def scaled_layers(model: nn.Module) -> list[ClassScaled]:

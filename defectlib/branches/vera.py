@@ -39,6 +39,11 @@ class Vectors(Scaled):
         self.register_buffer("frozen", frozen, persistent=False)
         self.vectors = nn.Parameter(torch.full((classes, len(frozen)), start))
 
+    @property
+    def weight(self) -> Tensor:
+        """The frozen matrix under the mean of the classes' vectors."""
+        return self.shared()[:, None] * self.frozen
+
     def base(self) -> Tensor:
         """The frozen matrix."""
         return self.frozen

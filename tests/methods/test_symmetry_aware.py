@@ -104,7 +104,7 @@ def test_what_is_few_moves_by_its_own_rate(untrained, tmp_path):
         config = SymmetryAwareConfig(**QUICK | {"steps": 1, "learning_rate": 1e-4}, own_rate=own_rate)
         method = fitted(SymmetryAware, config, SHOTS, untrained, tmp_path / str(own_rate))
         first, last = method.untrained(0).trained_state(), method.states["all"]
-        parts = {"own": (".departure", ".offset", ".slope"), "shared": (".linear.weight",)}
+        parts = {"own": (".departure", ".offset", ".slope"), "shared": (".image.weight", ".part.weight")}
         return {
             part: sum((last[n] - first[n]).abs().mean().item() for n in first if n.endswith(ends))
             for part, ends in parts.items()
