@@ -43,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--grid", choices=["full"], help="all categories and defects, not only the profile's first ones")
     one.add_argument("--category", type=_names, help="comma-separated categories instead of the profile's first ones")
     one.add_argument("--methods", type=_names, help="comma-separated methods instead of the profile's")
-    one.add_argument("--variants", type=_some, help="comma-separated variants of them instead of all, or none")
+    one.add_argument("--variants", type=_some, help="variants of them instead of all: names, none, or claimed")
     one.add_argument("--seeds", type=_seeds, help="comma-separated seeds instead of the profile's")
     one.add_argument("--grouping", choices=["category", "run"], default="category", help="what one job covers")
     one.add_argument("--cores", type=_cores, default=os.cpu_count(), help="jobs at a time on one machine")
@@ -147,7 +147,8 @@ def _reproduce(a: argparse.Namespace) -> int:
     from defectlib import batch, prepare, study
     from defectlib.methods import base
 
-    parameters = _parameters(a, methods=a.methods, variants=a.variants, seeds=a.seeds, grid=a.grid)
+    variants = _claimed(a) if a.variants == ["claimed"] else a.variants
+    parameters = _parameters(a, methods=a.methods, variants=variants, seeds=a.seeds, grid=a.grid)
     for name in parameters.methods or []:
         base.get(name)
     study.require_weights(parameters)
@@ -161,6 +162,14 @@ def _reproduce(a: argparse.Namespace) -> int:
     words += ["--cores", str(a.cores)] if a.workflow_profile == "default" else []
     batch.reproduce(values, words + (["--executor", "dryrun", "--quiet", "host"] if a.dry_run else []))
     return 0
+
+
+def _claimed(a: argparse.Namespace) -> list[str]:
+    """The variants of these methods that the papers' claims compare."""
+    from defectlib.published import claims
+
+    settings, compared = profiles.load(a.profile), claims.systems()
+    return [name for name in settings.variants_of(settings.asked(a.methods)) if name in compared]
 
 
 def _run_job(a: argparse.Namespace) -> int:

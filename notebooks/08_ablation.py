@@ -228,9 +228,10 @@ pd.DataFrame(sizes).T.style.format("{:,}").set_uuid(
 # How far that classifier is to be trusted stands in the protocol of `class_seen` above. Only where the profile asks for it.
 
 # %%
-taken = {name: multiclass.taken_for([records[name, seed] for seed in s.seeds], s.defects) for name in pairs}
+compared = [name for name in names if s.method_of(name).name in ("dualanodiff", "symmetry_aware")] if several else []
+taken = {name: multiclass.taken_for([records[name, seed] for seed in s.seeds], s.defects) for name in compared}
 if taken := {name: counts for name, counts in taken.items() if counts.any()}:
-    figure = figures.confusion(dict(list(taken.items())[:6]), list(s.defects), "asked for", "taken for")
+    figure = figures.confusion(taken, list(s.defects), "asked for", "taken for")
     figures.save(figure, folder, f"symmetry_aware_taken_for_{s.category}")
     display(figure)
 

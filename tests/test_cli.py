@@ -1,6 +1,6 @@
 import pytest
 
-from defectlib import cli
+from defectlib import batch, cli
 
 
 def run(capsys, *words):
@@ -27,6 +27,17 @@ def test_audit_ends_with_one_where_a_run_would_be_spoiled(capsys, tiny_mini, tmp
     next(root.glob("*/train/good/*.png")).write_bytes(b"")
     code, out, _ = run(capsys, "audit", "--data-root", str(root))
     assert code == 1 and "zero" in out
+
+
+def test_claimed_variants_are_those_that_the_papers_compare(capsys, monkeypatch, tiny_mini, tmp_path):
+    asked = {}
+    monkeypatch.setattr(batch, "reproduce", lambda values, words: asked.update(values["parameters"]))
+    words = ("reproduce", "--data-root", str(tiny_mini), "--runs", str(tmp_path), "--variants", "claimed")
+    assert run(capsys, *words)[0] == 0
+    compared = {f"defectsynth_{x}" for x in ("no_hmi", "no_sff", "no_sae", "perlin", "image_space", "latent_space")}
+    compared |= {"dualanodiff_no_interaction", "dualanodiff_compensated"}
+    assert set(asked["variants"]) == compared
+    assert run(capsys, *words, "--methods", "crop_paste")[0] == 0 and asked["variants"] == []
 
 
 @pytest.mark.parametrize(

@@ -47,6 +47,11 @@ def load() -> tuple[Claim, ...]:
     return tuple(Claim(**entry) for entry in yaml.safe_load((published.FOLDER / "claims.yaml").read_text()))
 
 
+def systems() -> set[str]:
+    """Every method, variant and published system that a claim compares."""
+    return {name for claim in load() for name in (claim.method, *claim.against)}
+
+
 def printed(claim: Claim, method: str) -> float | None:
     """A system's published number behind a claim, for the first of its data sets; None where there is none."""
     if claim.table is None:

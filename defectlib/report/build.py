@@ -10,8 +10,8 @@ import pandas as pd
 from defectlib import params, paths, prepare, study
 from defectlib.report import ablation, claims, costs, page, page_parts, tables
 
-CLAIM_SEEDS = [0, 1, 2]
-"""What `make claims` runs: verdicts and spreads need them, so only that batch's tables reach ``figures/``."""
+SEEDS = [0, 1, 2]
+"""Verdicts and spreads need them: only the tables of `make reproduce SEEDS=0,1,2` reach ``figures/``."""
 
 
 def manifests(parameters: params.Parameters, categories: list[str], seeds: list[int]) -> pd.DataFrame:
@@ -31,9 +31,9 @@ def is_shipped(parameters: params.Parameters, categories: list[str]) -> bool:
     return own_runs and parameters == default and categories == prepare.categories(default)
 
 
-def ships_claims(parameters: params.Parameters, categories: list[str]) -> bool:
-    """Whether the tables in ``figures/`` are of this batch: the shipped one, with the seeds of `make claims`."""
-    return parameters.seeds == CLAIM_SEEDS and is_shipped(parameters.model_copy(update={"seeds": None}), categories)
+def ships_tables(parameters: params.Parameters, categories: list[str]) -> bool:
+    """Whether the tables in ``figures/`` are of this batch: the shipped one, with three seeds."""
+    return parameters.seeds == SEEDS and is_shipped(parameters.model_copy(update={"seeds": None}), categories)
 
 
 def publish(folder: Path, stems: list[str]) -> None:
@@ -67,6 +67,6 @@ def report(batch: dict[str, Any]) -> Path:
     pictures = {s: text for s, text in page_parts.captions(categories).items() if (folder / f"{s}.png").is_file()}
     if is_shipped(parameters, categories):
         publish(folder, list(pictures))
-    if ships_claims(parameters, categories):
+    if ships_tables(parameters, categories):
         publish(folder, [table.attrs["name"] for table in (*built.values(), judged, *others)])
     return page.write_page(folder, built, results, pictures, parameters.dataset_folder().parents[1], judged, others)

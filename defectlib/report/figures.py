@@ -247,13 +247,20 @@ def _matrices(
     colours: str,
     ends: tuple[float, float],
 ) -> tuple[Figure, np.ndarray]:
-    """Square matrices beside each other, shaded between the ends of a colour map, with a text in every field."""
+    """Square matrices, six a row at most, shaded between the ends of a colour map, with a text in every field."""
     n, longest = len(labels), max(map(len, labels)) * 0.07
     side = max(1.7, 0.52 * n + 0.4)
     upright = n > 3 or longest > 0.8
     below = longest if upright else 0.2
-    figure = Picture(figsize=(side * len(shades) + longest + 0.3, side + below + 0.55), layout="constrained")
-    grid = figure.subplots(1, len(shades), squeeze=False, sharey=True)[0]
+    lines = -(-len(shades) // 6)
+    across = -(-len(shades) // lines)
+    titles = {name: textwrap.wrap(layout.method_title(name), int(side / 0.105)) for name in shades}
+    height = lines * (side + 0.2 + 0.2 * max(map(len, titles.values()), default=1)) + below + 0.15
+    figure = Picture(figsize=(side * across + longest + 0.3, height), layout="constrained")
+    grid = figure.subplots(lines, across, squeeze=False, sharex=True, sharey=True).ravel()
+    for empty in range(len(shades), len(grid)):
+        grid[empty].remove()
+        grid[empty - across].tick_params(labelbottom=True)
     for axes, (name, shade) in zip(grid, shades.items()):
         axes.imshow(shade, cmap=colours, vmin=ends[0], vmax=ends[1])
         for y, x in np.ndindex(n, n):
@@ -261,7 +268,7 @@ def _matrices(
             axes.text(x, y, texts[name][y, x], ha="center", va="center", color=ink)
         axes.set_xticks(range(n), labels, rotation=90 if upright else 0)
         axes.set_yticks(range(n), labels)
-        axes.set_title("\n".join(textwrap.wrap(layout.method_title(name), int(side / 0.095))))
+        axes.set_title("\n".join(titles[name]))
         axes.grid(visible=False)
         axes.spines[:].set_visible(False)
         axes.tick_params(length=0)

@@ -48,7 +48,7 @@ def test_the_shipped_batch_gives_its_pictures(tiny_parameters, figures_in_git, m
 
 def test_three_seeds_of_the_whole_batch_give_their_tables(tiny_parameters, figures_in_git, monkeypatch):
     monkeypatch.setattr(build, "is_shipped", lambda parameters, categories: parameters.seeds is None)
-    two, three = ({"seeds": seeds} for seeds in ([0, 1], build.CLAIM_SEEDS))
+    two, three = ({"seeds": seeds} for seeds in ([0, 1], build.SEEDS))
     for change, stems in ((two, set()), (three, {*tables.NAMES, "claims", "costs", "ablation"})):
         category = study.open_category(tiny_parameters).category
         parameters = tiny_parameters.model_copy(update=change)
@@ -63,8 +63,8 @@ def test_only_the_whole_default_batch_on_mini_at_demo_is_shipped(monkeypatch):
     given = params.validate(DEFAULT.model_dump(exclude_none=True))
     assert build.is_shipped(given, ["brick", "gear"])
     assert not build.is_shipped(given, ["brick"]) and not build.is_shipped(given, ["brick", "gear", "nut"])
-    assert build.ships_claims(params.validate({"profile": "demo", "seeds": [0, 1, 2]}), ["brick", "gear"])
-    assert not build.ships_claims(given, ["brick", "gear"])
+    assert build.ships_tables(params.validate({"profile": "demo", "seeds": [0, 1, 2]}), ["brick", "gear"])
+    assert not build.ships_tables(given, ["brick", "gear"])
     for change in (
         {"profile": "smoke"}, {"dataset": "magnetic_tile"}, {"data_root": "x"}, {"split": "all_shots"}, {"seeds": [0]},
         {"methods": ["crop_paste"]}, {"tiles": "auto"}, {"grid": "full"}, {"runs_root": "x"}, {"figures_root": "x"},
