@@ -359,6 +359,12 @@ def _check(s: Study, rows: pd.DataFrame) -> None:
                 f"{name} learns a defect later, for which a method needs coefficients of a category's classes: leave "
                 "last_later out"
             )
+        of_pairs = s.method_of(name).makes_masks and s.method_of(name).needs_backbone
+        if of_pairs and (full := [x for seed in s.seeds for x in s.shots(seed) if x.mask.all()]):
+            raise ValueError(
+                f"the mask of {s.category}/{full[0].defect}/{full[0].id} covers the whole image, and {name} could read "
+                "none off its part: remove the pair, correct the mask, or leave the method out of `methods`"
+            )
         if not source.startswith("hmi") or s.method_of(name).makes_masks:
             continue
         if rule and 1 in (rule.most, rule.others):

@@ -386,8 +386,8 @@ figure
 #
 # Background compensation (**BCM**) makes keys and values of the image branch's self-attention of
 # $\varphi(z) + \gamma\,\mathrm{MLP}(\varphi(z_b))$, where $z_b$ is the image without its object, seen by the frozen base model
-# at the same noise level; notebook 8 shows it, on a category of objects (`make reproduce` draws `dualanodiff_fig_4_gear`). One model is trained for every defect, to predict the noise of
-# both branches.
+# at the same noise level; notebook 8 shows it, on a category of objects (`make reproduce` draws `dualanodiff_fig_4_gear`). One model is trained for every defect, to predict in both
+# branches what the base predicts: noise, or velocity in the case of `tiny`.
 
 # %%
 record = stages.fit(s, "dualanodiff", seed)
@@ -404,8 +404,8 @@ print(
 # %% [markdown]
 # ### What each branch sees along the denoising
 #
-# The predicted end result of both branches at several points of the loop, for one request: where the branches
-# agree early, the defect in the image and its part come to lie at the same place.
+# The predicted end result of both branches at several points of the loop, for one request: how early the defect shows in
+# either, and whether at the same place.
 
 # %%
 wanted = sampling.plan(shots, normals, 1, None, seed, s.prompts(), s.all_defects)

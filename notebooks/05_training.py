@@ -90,7 +90,8 @@ figure
 # %% [markdown]
 # ## Configuration
 #
-# The defaults are the paper's; a profile may name other values, and unknown ones are refused. A field is read while a
+# The defaults are the papers' where they state a value; of the symmetry-aware system, whose abstract states none, they are
+# DualAnoDiff's and our reading. A profile may name other values, and unknown ones are refused. A field is read while a
 # method is fitted, or while it draws: a change of the second kind leaves a fit valid.
 
 # %%
@@ -101,7 +102,7 @@ for name in s.methods:
         default = type(config).model_fields[field].default
         stage = "drawing" if field in config.DRAWING else "fit"
         rows.append([layout.method_title(name), stage, field, str(value), str(default) if value != default else ""])
-config = pd.DataFrame(rows, columns=["method", "read while", "field", "value", "the paper's, where it differs"])
+config = pd.DataFrame(rows, columns=["method", "read while", "field", "value", "default, where it differs"])
 config.sort_values(["method", "read while"], ascending=[True, False], kind="stable").set_index(["method", "read while"])
 
 # %% [markdown]

@@ -237,7 +237,7 @@ bad = int(numbers["bad"].sum())
 for what, times in again.groupby("what")["times"].sum().items():
     print(f"{what}: {times}")
 print(
-    f"{len(report)} pairs drawn; {bad} of them have a mask that is empty, full or of a size no real one has, or nothing drawn inside it."
+    f"{len(report)} pairs drawn; {bad} of them have a mask that is empty, full or of a size no real one has, or, on a normal image, nothing drawn inside it."
 )
 for (method, defect), row in numbers.iterrows():
     print(f"{method}, {defect}: mean area {row.mean_area:.3f}, change {row.change_inside:.0f} grey levels inside the mask, "

@@ -113,14 +113,19 @@ for name in names:
                   f"mean {told['mean_of_all']:.2f} of all, {told['mean_of_kept']:.2f} of those kept")  # fmt: skip
         if why := row.get("protocol", {}).get("why_withheld"):
             print(f"{layout.method_title(name)}, {row['defect']}: {why}")
+for row in records[names[0], s.seeds[0]]["metrics"]:  # what the judges do not know, they know of no row
+    if row["metric"] in (judges.MASK_SEEN, judges.CLASS_SEEN) and (why := row["protocol"].get("why_withheld")):
+        print(f"{row['metric']} of {row['defect']}, seed {s.seeds[0]}: {why}")
 
 # %% [markdown]
 # ## Few shots, and unequal ones
 #
-# Variants that learn from fewer shots, beside their method on all: two of each defect, or two of the first defect beside more of
-# the others. What a model of all defects has learned of one may help another. And one that learns the last defect after them: only
+# Variants that learn from fewer shots, beside their method on all: two of each defect, or two of the first defect beside up to 20
+# of each of the others, which are as many as the split has (`table_1`; eight on mini). What a model of all defects has learned of
+# one may help another. And one that learns the last defect after them: only
 # the new defect's coefficients are trained then, and the others are drawn as before. By defect, means over the seeds with the sd:
-# `mask_seen` and, where it is asked, `class_seen`, as above. `PROFILE=multiclass` has them, and trains on them in notebook 9.
+# `mask_seen` and, where it is asked, `class_seen`, as above. `PROFILE=multiclass` has them, and trains on them in notebook 9, whose
+# classifiers learn from the same few shots besides; what these are worth alone is the learning curve over shots there.
 
 # %%
 few = [name for name in names if s.shot_rule(name)]
@@ -185,7 +190,7 @@ if compensated in s.variants:
     display(figure)
 else:
     print(
-        f"{s.category}: no variant with background compensation here (the surface fills the frame, or the profile has none)."
+        f"{s.category}: no variant with background compensation here (some image shows no background, or the profile has none)."
     )
 
 # %% [markdown]
@@ -225,7 +230,8 @@ pd.DataFrame(sizes).T.style.format("{:,}").set_uuid(
 # ### What samples are taken for
 #
 # Rows are the defects that were asked for, columns what a classifier of the real shots takes the samples for; summed over seeds.
-# How far that classifier is to be trusted stands in the protocol of `class_seen` above. Only where the profile asks for it.
+# How far it is to be trusted is told below: what it says of real, held-out images of the same defects. Only where the profile asks
+# for it.
 
 # %%
 compared = [name for name in names if s.method_of(name).name in ("dualanodiff", "symmetry_aware")] if several else []
@@ -234,6 +240,11 @@ if taken := {name: counts for name, counts in taken.items() if counts.any()}:
     figure = figures.confusion(taken, list(s.defects), "asked for", "taken for")
     figures.save(figure, folder, f"symmetry_aware_taken_for_{s.category}")
     display(figure)
+for row in records[several[0], s.seeds[0]]["metrics"] if taken else []:
+    if row["metric"] == judges.CLASS_SEEN:
+        told = row["protocol"]
+        print(f"{row['defect']}, seed {s.seeds[0]}: real ones are taken for it by {told['on_real']:.0%}, "
+              f"real ones of others by {told['on_others']:.0%}")  # fmt: skip
 
 # %% [markdown]
 # ### How alike classes are
@@ -273,9 +284,8 @@ if own and own.class_coefficients and own.scope == "category":
 #
 # TDAM's three gates of every layer over the share of noise: how strongly a background is read, how strongly the branches
 # interact, and how strongly an attention layer's output is added. At 1 everywhere they are DualAnoDiff; drawing goes from right
-# to left. Without background compensation the first acts on nothing, and stays where it started. "From global structure to local
-# refinement" would have interaction and fusion rise to the left, as the prior has it; the lines below the picture count what was
-# learned.
+# to left. The first is there with background compensation alone, in self-attention. "From global structure to local refinement"
+# would have interaction and fusion rise to the left, as the prior has it; the lines below the picture count what was learned.
 
 # %%
 gated = {name: own for name, own in curves.items() if s.config(name).gates in ("neutral", "prior")}

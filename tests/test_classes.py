@@ -6,12 +6,13 @@ import pytest
 import safetensors.torch
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
+from diffusers.models.attention_processor import Attention
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 
 from defectlib import diffusion
 from defectlib.branches import BranchUNet, classes, gates, guidance
-from defectlib.branches.classes import ClassScaled, Rows, scaled_layers
+from defectlib.branches.classes import ClassScaled, Rows, coefficient_map, scaled_layers
 from defectlib.branches.routing import BRANCHES, PROJECTIONS, lora
 from defectlib.branches.vera import Vectors
 
@@ -123,6 +124,10 @@ def test_an_adapter_call_keeps_the_coefficients(untrained):
     assert all(a.rows is copied.rows for a in scaled_layers(copied)), "a copy has rows of its own"
 
 
+def of_image(branches):
+    return [layer.lora_A["image"] for layer in branches.modules() if isinstance(layer, LoraLayer)]
+
+
 def test_what_classes_share_is_a_lora_of_pefts(untrained, tmp_path):
     """By its own reading and writing: into a UNet that knows nothing of classes, and from it into one that does."""
     branches, plain = disturbed(BranchUNet(untrained.unet, 4, 0, classes=2)), copy.deepcopy(untrained.unet)
@@ -131,6 +136,10 @@ def test_what_classes_share_is_a_lora_of_pefts(untrained, tmp_path):
     safetensors.torch.save_file({n: v.contiguous() for n, v in kept.items()}, tmp_path / "lora.safetensors")
     found = set_peft_model_state_dict(plain, safetensors.torch.load_file(tmp_path / "lora.safetensors"), "image")
     assert found.unexpected_keys and all(name.endswith(".departure") for name in found.unexpected_keys)
+    again = BranchUNet(untrained.unet, 4, 1, classes=2)
+    set_peft_model_state_dict(again.unet, safetensors.torch.load_file(tmp_path / "lora.safetensors"), "image")
+    own = [coefficient_map([m for m in scaled_layers(b) if m in of_image(b)]) for b in (branches, again)]
+    assert torch.equal(*own), "with the coefficients, where there are any"
     into = BranchUNet(untrained.unet, 4, 1, classes=2)
     set_peft_model_state_dict(into.unet, get_peft_model_state_dict(plain, adapter_name="image"), "image")
     layers = [[m for m in of.modules() if isinstance(m, LoraLayer)] for of in (branches.unet, plain, into.unet)]
@@ -222,6 +231,35 @@ def test_neutral_gates_are_no_gates_to_the_bit(untrained):
         early, late = (gated(noisy, torch.tensor(t), text, looks[1]) for t in (900, 100))
         same = [plain(noisy, torch.tensor(t), text, looks[0]) for t in (900, 100)]
     assert not torch.equal(early, same[0]) and not torch.equal(late, same[1])
+
+
+@torch.no_grad()
+def test_each_gate_acts_in_its_place(untrained):
+    """Closed: no interaction is branches apart, no background is injected, no fusion leaves the identity path alone."""
+    noisy, text = rows(untrained)
+    branches = disturbed(BranchUNet(untrained.unet, 4, 0, compensation=True, gates="neutral"))
+    behind, other = (
+        branches.background_features(normal(1, 12, 16, 16, seed=seed), STEP, untrained.embed([""])) for seed in (5, 6)
+    )
+    outputs = []
+    for layer in (m for m in branches.modules() if isinstance(m, Attention)):
+        layer.register_forward_hook(lambda layer, given, output: outputs.append(output.abs().max()))
+
+    def passed(closed=None, background=behind, apart=False):
+        outputs.clear()
+        for processor in branches.processors:
+            processor.gates.slope.zero_()
+            processor.gates.offset.copy_(torch.tensor([-40.0 if kind == closed else 0.0 for kind in gates.KINDS]))
+            processor.apart = apart
+        return branches(noisy, STEP, text, background)
+
+    def alike(a, b):
+        return torch.allclose(a, b, atol=1e-4)
+
+    whole, apart = passed(), passed(apart=True)
+    assert alike(passed("interaction"), apart) and not alike(whole, apart)
+    assert alike(passed("background"), passed("background", other)) and not alike(whole, passed(background=other))
+    assert not alike(passed("fusion"), whole) and max(outputs) < 1e-6
 
 
 def test_gates_by_hand():

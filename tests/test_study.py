@@ -87,6 +87,15 @@ def test_hmi_needs_two_shots_of_a_variant_too(tiny_parameters, monkeypatch):
         study.open_category(tiny_parameters.model_copy(update={"methods": ["defectsynth"]}))
 
 
+def test_a_mask_over_the_whole_image_stops_a_study_of_pair_methods(tiny_parameters, monkeypatch):
+    s = study.open_category(tiny_parameters)
+    full = dataclasses.replace(s.shots()[0], mask=torch.ones_like(s.shots()[0].mask))
+    monkeypatch.setattr(study.Study, "shots", lambda self, seed=0: [full])
+    with pytest.raises(ValueError, match=f"{full.defect}/{full.id} covers the whole image, and dualanodiff could read"):
+        study.open_category(tiny_parameters)
+    study.open_category(tiny_parameters.model_copy(update={"methods": ["crop_paste"]}))
+
+
 def test_weights_are_asked_for_before_any_work(tiny_parameters, tmp_path, monkeypatch):
     study.require_weights(tiny_parameters)
     monkeypatch.setattr(paths, "WEIGHTS", tmp_path)

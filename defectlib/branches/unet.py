@@ -147,6 +147,12 @@ class BranchUNet(nn.Module):
         order = sorted(found, key=lambda name: PASS.index(name.split("_")[0]))
         return {name: found[name] for name in order if found[name] is not None}
 
+    def injected(self) -> dict[str, BranchProcessor]:
+        """What a background is injected into: the processors of self-attention with compensation, by layer."""
+        layers = ((name, m) for name, m in self.unet.named_modules() if isinstance(m, Attention))
+        own = {name: m.processor for name, m in layers if not m.is_cross_attention}
+        return {name: processor for name, processor in own.items() if processor.compensation is not None}
+
     def check(self) -> None:
         """Raise RuntimeError where a layer lost its processor, or a projection its routed LoRA, to a helper call."""
         lost = sum(not isinstance(processor, BranchProcessor) for processor in self.processors)
@@ -217,8 +223,7 @@ class BranchUNet(nn.Module):
             )
         if not all(isinstance(processor, BranchProcessor) for processor in self.processors):
             self.check()  # before the forward pass, which needs their attributes
-        reading = [p for m in self.unet.modules() if isinstance(m, Attention) and not m.is_cross_attention
-                   for p in [m.processor] if p.compensation is not None]  # fmt: skip
+        reading = list(self.injected().values())
         if len(background or []) != len(reading):
             raise ValueError("a background is given exactly where the branches are fitted with background compensation")
         for processor, seen in zip(reading, background or [], strict=True):

@@ -49,7 +49,8 @@ class PairConfig(MethodConfig):
         schedule: Of the learning rate: constant as in the paper, or a cosine to zero, for short fits at a high rate.
         rank: Of LoRA in the UNet, one adapter a branch, and in the text encoder, one for both prompts.
         interaction: With SAIM.
-        compensation: With BCM. DualAnoDiff trains with it at batch 2 and draws in 50 steps with guidance 2.0.
+        compensation: With BCM. DualAnoDiff trains with it at batch 2 and draws in 50 steps with guidance 2.0, which
+            are set beside it, as in the profile ``paper``.
         flips: Also train on every shot mirrored both ways and turned by half.
         crops: Random square crops a shot that are added to it, the same for image and part, before the flips.
         crop_side: Their least side, as a share of the image's; each holds half of the defect or more.

@@ -83,6 +83,12 @@ class SymmetryAwareConfig(PairConfig):
     def _one_form(self) -> SymmetryAwareConfig:
         if self.vera and (self.tie_blocks or not self.class_coefficients):
             raise ValueError("vera is a form of class_coefficients: leave them on, and tie_blocks out")
+        if self.tie_blocks and not self.class_coefficients:
+            raise ValueError("tie_blocks are of class_coefficients: leave them on, or tie_blocks out")
+        if self.tie_blocks and self.rank % self.tie_blocks:
+            raise ValueError(
+                f"{self.tie_blocks} blocks do not divide rank {self.rank}: choose a divisor for tie_blocks"
+            )
         return self
 
 
@@ -175,6 +181,8 @@ class SymmetryAware(PairMethod):
         first = self.name_of(request)
         if not self.config.class_coefficients:
             raise ValueError("one LoRA for all classes holds nothing between two: fit with class_coefficients")
+        if not self.states:
+            raise ValueError(f"{self.title} is not fitted: call fit or load first")
         order = list(self.areas)
         if unknown := sorted({first, other} - set(order)):
             raise ValueError(f"{self.title} was fitted on {', '.join(order)}, not on '{unknown[0]}'")

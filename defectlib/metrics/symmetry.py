@@ -21,6 +21,8 @@ from torch import Tensor
 from defectlib.images import to_uint8
 
 ANGLES = (30, 36, 40, 45, 60, 72, 90, 120, 180)
+"""Turns of what has 2 to 6, 8, 9, 10 or 12 like parts; of other numbers the even ones have the half turn, the odd ones
+none."""
 OVERLAP = 0.6
 """Least share of the image on which it is compared with its own copy."""
 PERIOD = 1 / 16

@@ -291,6 +291,8 @@ def gates(frame: pd.DataFrame) -> Figure:
         for (block, _), line in own.groupby(["block", "layer"], sort=False):
             axes.plot(line["tau"], line["gate"], color=shades[blocks.index(block)], linewidth=1.2)
         axes.plot(line["tau"], line["start"], color="#222222", linewidth=1, linestyle="--")
+    for axes in (axes for axes in panels.flat if not axes.lines):  # without compensation no background is injected
+        axes.set_axis_off()
     for axes, kind in zip(panels[0], kinds):
         axes.set_title(kind)
     for row, method in zip(panels[:, 0], methods):

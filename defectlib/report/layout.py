@@ -34,6 +34,7 @@ METHOD_TITLES = {name: title for title, name in published.METHODS.items()} | {
     "symmetry_aware_unequal": "Symmetry-aware, two shots of one",
     "symmetry_aware_later": "Symmetry-aware, the last defect later",
     "symmetry_aware_no_guidance": "Symmetry-aware w/o SGRL", "symmetry_aware_compensated": "Symmetry-aware with BCM",
+    "symmetry_aware_compensated_no_gates": "Symmetry-aware with BCM, w/o TDAM",
     "defectsynth_filtered": "DefectSynth, filtered", "crop_paste_filtered": "Crop-Paste, filtered",
 }  # fmt: skip
 DATASET_TITLES = {name: title for title, name in published.DATASETS.items()}

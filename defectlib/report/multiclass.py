@@ -42,15 +42,19 @@ def similarity(method: SymmetryAware) -> np.ndarray:
 def gates(method: SymmetryAware, seed: int) -> pd.DataFrame:
     """Every gate over tau, and as it was at the start: columns kind, block, layer, tau, gate, start.
 
+    Gates on the background are told of the layers that one is injected into: elsewhere they act on nothing.
+
     Args:
         method: Without gates the table is empty.
         seed: Of the fit.
     """
-    learned, before = _dual(method).branches.gates(), method.untrained(seed).branches.gates()
+    branches = _dual(method).branches
+    learned, before, injected = branches.gates(), method.untrained(seed).branches.gates(), branches.injected()
     rows = [
         (kind, _block(layer), layer, *values)
         for layer in learned
         for kind, *both in zip(KINDS, _values(learned[layer]), _values(before[layer]), strict=True)
+        if kind != "background" or layer in injected
         for values in zip(TAU.tolist(), *both, strict=True)
     ]
     return pd.DataFrame(rows, columns=["kind", "block", "layer", "tau", "gate", "start"])

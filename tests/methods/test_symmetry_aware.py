@@ -50,6 +50,23 @@ def test_each_part_changes_what_is_learned(untrained, tmp_path, part):
     assert not torch.equal(off.denoised([request("hole")])[0], on.denoised([request("hole")])[0])
 
 
+ONE_STEP = QUICK | {"steps": 1, "learning_rate": 1e-3}
+
+
+@pytest.fixture(scope="module")
+def after_one_step(untrained, tmp_path_factory):
+    return fitted(SymmetryAware, SymmetryAwareConfig(**ONE_STEP), SHOTS, untrained, tmp_path_factory.mktemp("one"))
+
+
+@pytest.mark.parametrize(
+    "field", [{"shrinkage": 1.0}, {"orthogonality": 1.0}, {"discrepancy": 1.0}, {"x0_space": True}, {"softness": 2.0}]
+)
+def test_each_weight_of_the_loss_is_learned_by(untrained, tmp_path, after_one_step, field):
+    other = fitted(SymmetryAware, SymmetryAwareConfig(**ONE_STEP | field), SHOTS, untrained, tmp_path)
+    (one,), (two,) = after_one_step.states.values(), other.states.values()
+    assert any(not torch.equal(one[name], two[name]) for name in one)
+
+
 @pytest.fixture(scope="module")
 def whole(untrained, tmp_path_factory):
     config = SymmetryAwareConfig(**QUICK, orthogonality=1e-3, discrepancy=1e-3, coefficient_start=0.5)
@@ -179,6 +196,8 @@ def test_bad_input_is_one_sentence(whole, untrained, tmp_path):
     shared = SymmetryAware(SymmetryAwareConfig(**QUICK | OFF), untrained)
     with pytest.raises(ValueError, match="holds nothing between two"):
         shared.between(request("hole"), "dent", [0.5])
+    with pytest.raises(ValueError, match="is not fitted: call fit or load first"):
+        SymmetryAware(SymmetryAwareConfig(**QUICK), untrained).between(request("hole"), "dent", [0.5])
     where = {"seed": 0, "workdir": tmp_path}
     with pytest.raises(ValueError, match="is not fitted: a new class needs the bases of others"):
         shared.learn([shot("burn", 0)], **where)
@@ -193,7 +212,9 @@ def test_bad_input_is_one_sentence(whole, untrained, tmp_path):
         whole.learn([], **where)
     assert list(whole.areas) == ["hole", "dent"]
     with pytest.raises(ValueError, match="3 blocks do not divide rank 4"):
-        fitted(SymmetryAware, SymmetryAwareConfig(**QUICK, tie_blocks=3), SHOTS, untrained, tmp_path)
+        SymmetryAwareConfig(**QUICK, tie_blocks=3)
+    with pytest.raises(ValueError, match="tie_blocks are of class_coefficients"):
+        SymmetryAwareConfig(**QUICK, tie_blocks=2, class_coefficients=False)
     whole.save(tmp_path)
     text = (tmp_path / "method.json").read_text()
     for other in ('"dent": [0.1, 0.2], "burn": [', '"burn": ['):  # one class more, and as many of another name

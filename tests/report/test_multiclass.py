@@ -38,7 +38,7 @@ def test_moves_by_hand(model):
     def change(name, value):
         return value + 0.5 if name.endswith(".departure") else torch.ones(3) if name.endswith(".offset") else value
 
-    table = multiclass.moved(model(change), 3).set_index("part")
+    table = multiclass.moved(model(change, compensation=True), 3).set_index("part")
     assert table.loc["coefficients", ["moved", "most"]].tolist() == pytest.approx([0.5, 0.5])
     assert table.loc["coefficients", "start"] == pytest.approx(0.02, rel=0.1)
     gate = 2 / (1 + np.exp(-1)) - 1
@@ -49,11 +49,14 @@ def test_moves_by_hand(model):
 
 
 def test_gates_are_told_in_the_order_of_a_pass(model):
-    table = multiclass.gates(model(lambda name, v: v, gates="prior"), 3)
+    table = multiclass.gates(model(lambda name, v: v, gates="prior", compensation=True), 3)
     assert list(dict.fromkeys(table["block"])) == ["down 0", "down 1", "middle", "up 1", "up 2"]
     assert list(dict.fromkeys(table["kind"])) == list(multiclass.KINDS)
     first = table[(table["kind"] == "background") & (table["tau"] == 1)]
     assert first["gate"].to_numpy() == pytest.approx(2 / (1 + np.exp(-1))) and (first["gate"] == first["start"]).all()
+    assert {".attn1" in layer for layer in table.loc[table["kind"] == "background", "layer"]} == {True}
+    assert {".attn1" in layer for layer in table.loc[table["kind"] == "fusion", "layer"]} == {True, False}
+    assert set(multiclass.gates(model(lambda name, v: v), 3)["kind"]) == {"interaction", "fusion"}, "no background"
     assert multiclass.gates(model(lambda name, v: v, gates=None), 3).empty
 
 
@@ -64,9 +67,10 @@ def test_of_vera_vectors_are_told(model):
 
 def test_gates_lean_to_the_end_where_they_are_higher(model):
     """The prior has backgrounds early (b = 2), interaction and fusion late (b = -1); what is even leans nowhere."""
-    found = multiclass.leaning(multiclass.gates(model(lambda name, v: v, gates="prior"), 3)).set_index("kind")
+    whole = model(lambda name, v: v, gates="prior", compensation=True)
+    found = multiclass.leaning(multiclass.gates(whole, 3)).set_index("kind")
     layers = found.loc["background", "layers"]
-    assert layers > 0 and found.loc["background", "higher"] == layers == found.loc["fusion", "layers"]
+    assert 0 < found.loc["background", "higher"] == layers < found.loc["fusion", "layers"]
     assert found.loc["interaction", "higher"] == found.loc["fusion", "higher"] == 0
     assert multiclass.leaning(multiclass.gates(model(lambda name, v: v), 3))["higher"].eq(0).all()
 
