@@ -108,8 +108,9 @@ config.sort_values(["method", "read while"], ascending=[True, False], kind="stab
 # %% [markdown]
 # ## Fitting
 #
-# DualAnoDiff and the symmetry-aware system read masks off the drawn parts, whose ground is what their border shows. A shot whose
-# mask covers most of the border teaches no such part, and is left out: counted here, if there is any.
+# DualAnoDiff and the symmetry-aware system read masks off the drawn parts, by their departure from grey. A shot whose mask covers
+# most of the border, where that grey is looked for, or whose defect is as grey itself, teaches no such part, and is left out:
+# counted here, if there is any.
 
 # %%
 records = {(method, seed): stages.fit(s, method, seed) for method in s.methods for seed in s.seeds}

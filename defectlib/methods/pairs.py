@@ -111,8 +111,8 @@ class PairMethod:
     ) -> None:
         """Train one model a group of defects; the prompts are DualAnoDiff's, so ``prompts`` changes nothing.
 
-        A shot whose mask covers most of the image's border is left out, because no mask can be read off its part;
-        ``left_out`` counts them by defect.
+        A shot off whose part no mask can be read is left out: its mask covers most of the image's border, or what it
+        shows is as grey as the ground of parts. ``left_out`` counts them by defect.
 
         Raises:
             ValueError: There is no shot, all shots of a defect would be left out, a shot's mask covers the whole image,
@@ -143,11 +143,12 @@ class PairMethod:
         for shot in shots:
             by_defect.setdefault(self.name_of(shot), []).append(shot)
         for defect, own in by_defect.items():  # by the usual floor: the config's is of drawing, and changes no fit
-            by_defect[defect] = [s for s in own if extract(s.image * s.mask, FLOOR).by != "border"]
+            by_defect[defect] = [shot for shot in own if _taught(shot)]
             if not by_defect[defect]:
                 raise ValueError(
-                    f"no shot of {defect} can be learned from: each mask covers most of the image's border, as that of "
-                    f"{own[0].defect}/{own[0].id} does, and none can be read off such a part; cut a larger window"
+                    f"no shot of {defect} can be learned from: no mask can be read off its part, as of "
+                    f"{own[0].defect}/{own[0].id}, because the mask covers most of the image's border (cut a larger "
+                    "window) or the defect is as grey as the ground of parts"
                 )
         for defect, own in by_defect.items() if self.config.compensation else ():
             if all(foreground(shot.image).all() for shot in own):
@@ -403,6 +404,12 @@ class PairMethod:
             method.curves[group] = [tuple(point) for point in curve]
             method._dual.expect(method.states[group], file)
         return method
+
+
+def _taught(shot: Shot) -> bool:
+    """Whether a mask can be read off a shot's part."""
+    found = extract(shot.image * shot.mask, FLOOR)
+    return found.by != "border" and bool(found.mask.any())
 
 
 def left_out(given: Iterable[str], read: Mapping[str, Sequence[Shot]]) -> dict[str, int]:

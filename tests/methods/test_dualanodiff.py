@@ -250,8 +250,10 @@ def test_bad_input_is_one_sentence(untrained, fit, tmp_path):
     ring = torch.ones(1, 64, 64, dtype=torch.bool)
     ring[0, 8:56, 8:56] = False
     unread = Shot(SHOTS[0].image, ring, "plate", "hole", "008")
-    with pytest.raises(ValueError, match="no shot of hole can be learned from: .* as that of hole/008 does"):
-        method.fit([unread, unread], [], prompts={}, seed=0, workdir=tmp_path)
+    grey = Shot(0.05 * SHOTS[0].image, SHOTS[0].mask, "plate", "hole", "009")
+    for few, named in (([unread, unread], "008"), ([grey, unread], "009")):
+        with pytest.raises(ValueError, match=f"no shot of hole can be learned from: .* as of hole/{named}, because"):
+            method.fit(few, [], prompts={}, seed=0, workdir=tmp_path)
     noise = torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(0))
     surface = Shot(noise, SHOTS[0].mask, "brick", "hole", "0")
     with pytest.raises(ValueError, match="in the shots of brick/hole the surface fills the frame"):

@@ -34,9 +34,12 @@ def request(defect, seed=1):
 
 def test_all_off_and_one_class_is_dualanodiffs_training_to_the_bit(untrained, tmp_path):
     ours = fitted(SymmetryAware, SymmetryAwareConfig(**QUICK | OFF), SHOTS[:3], untrained, tmp_path / "ours")
+    even = OFF | {"guidance": True, "mask_weight": 0.0, "band_weight": 0.0}
+    without = fitted(SymmetryAware, SymmetryAwareConfig(**QUICK | even), SHOTS[:3], untrained, tmp_path / "even")
     theirs = fitted(DualAnoDiff, DualAnoDiffConfig(**QUICK), SHOTS[:3], untrained, tmp_path / "theirs")
-    (one,), (other,) = ours.states.values(), theirs.states.values()
-    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    (other,) = theirs.states.values()
+    for (one,) in (ours.states.values(), without.states.values()):
+        assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
     drawn = [method.denoised([request("hole")])[0] for method in (ours, theirs)]
     assert torch.equal(*drawn)
 
