@@ -67,8 +67,9 @@ def _of_shots(
     file, asked = _kept(s, seed, name, settings)
     with paths.locked(file.with_name(f".{name}.lock")):  # jobs of many methods ask for one
         state, _ = once(file, asked, learned)
-    model = build(settings.model_copy(update={"pretrained": False}))
-    model.load_state_dict(state)
+    with torch.device("meta"):  # initial weights would only be thrown away
+        model = build(settings.model_copy(update={"pretrained": False}))
+    model.load_state_dict(state, assign=True)
     return model.to(models.device()).eval()
 
 

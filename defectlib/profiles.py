@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -260,12 +262,18 @@ def explain(error: ValidationError, source: str, known: Sequence[str] = ()) -> V
 def load_yaml(path: Path) -> dict[str, Any]:
     """Read one YAML mapping, or raise ValueError naming the file."""
     try:
-        values = yaml.safe_load(path.read_text())
+        values = copy.deepcopy(_parsed(path.read_text()))
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold a mapping of names to values")
     return values
+
+
+@lru_cache(maxsize=64)
+def _parsed(text: str) -> Any:
+    """The values in a text: a profile is asked for with every path, and parsing one takes 25 ms."""
+    return yaml.safe_load(text)
 
 
 def names() -> list[str]:
