@@ -255,7 +255,8 @@ def _matrices(
     lines = -(-len(shades) // 6)
     across = -(-len(shades) // lines)
     titles = {name: textwrap.wrap(layout.method_title(name), int(side / 0.105)) for name in shades}
-    height = lines * (side + 0.2 + 0.2 * max(map(len, titles.values()), default=1)) + below + 0.15
+    labelled = 1 if lines * across == len(shades) else 2  # above an empty place labels stand as well
+    height = lines * (side + 0.2 + 0.2 * max(map(len, titles.values()))) + labelled * below + 0.15
     figure = Picture(figsize=(side * across + longest + 0.3, height), layout="constrained")
     grid = figure.subplots(lines, across, squeeze=False, sharex=True, sharey=True).ravel()
     for empty in range(len(shades), len(grid)):
