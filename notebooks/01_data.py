@@ -216,10 +216,10 @@ for name, of in studies.items():
     firsts = [few[name, defect][0] for defect in of.defects]
     left = [symmetry.best_symmetry(shot.image, shot.mask).picture() for shot in firsts]
     figure = figures.sheet(
-        [[shot.image for shot in firsts], left], row_labels=["shot", "residual"], column_labels=list(of.defects),
+        [[shot.image for shot in firsts], left], row_labels=[f"{name}, shot", "residual"], column_labels=list(of.defects),
         outline_masks=[[shot.mask for shot in firsts]] * 2,
     )  # fmt: skip
-    figures.save(figure, folder, f"symmetry_{name}", broken.loc[[name]].reset_index())
+    figures.save(figure, folder, f"symmetry_{of.category}", broken.loc[[name]].reset_index())
     display(figure)
 
 # %% [markdown]
