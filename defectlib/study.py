@@ -351,6 +351,12 @@ def _check(s: Study, rows: pd.DataFrame) -> None:
         raise ValueError(f"{s.category} has no normal image to draw on: put at least one into train/good")
     shots = rows.loc[rows["side"] == "shot", "defect"].value_counts()
     single = [defect for defect in s.defects if shots[defect] == 1]
+    of_pairs = [m for m in s.methods if s.method_of(m).makes_masks and s.method_of(m).needs_backbone]
+    if of_pairs and (full := [x for seed in s.seeds for x in s.shots(seed) if x.mask.all()]):
+        raise ValueError(
+            f"the mask of {s.category}/{full[0].defect}/{full[0].id} covers the whole image, and {of_pairs[0]} could "
+            "read none off its part: remove the pair, correct the mask, or leave the method out of `methods`"
+        )
     for name in [*s.methods, *s.variants]:
         source, rule, config = s.mask_source_name(name), s.shot_rule(name), s.config(name)
         by_class = getattr(config, "class_coefficients", False) and not base.covers_dataset(s.method_of(name), config)
@@ -358,12 +364,6 @@ def _check(s: Study, rows: pd.DataFrame) -> None:
             raise ValueError(
                 f"{name} learns a defect later, for which a method needs coefficients of a category's classes: leave "
                 "last_later out"
-            )
-        of_pairs = s.method_of(name).makes_masks and s.method_of(name).needs_backbone
-        if of_pairs and (full := [x for seed in s.seeds for x in s.shots(seed) if x.mask.all()]):
-            raise ValueError(
-                f"the mask of {s.category}/{full[0].defect}/{full[0].id} covers the whole image, and {name} could read "
-                "none off its part: remove the pair, correct the mask, or leave the method out of `methods`"
             )
         if not source.startswith("hmi") or s.method_of(name).makes_masks:
             continue

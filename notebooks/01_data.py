@@ -48,7 +48,6 @@ figures_root = None
 
 # %%
 import pandas as pd
-from IPython.display import display
 
 from defectlib import params, prepare, study
 from defectlib.data import audit, layouts, splits
@@ -192,35 +191,26 @@ for defect, value in mean_area.items():
 # The symmetry-aware system rests on a premise: defects are local and asymmetric, on a globally regular structure. Here it is a
 # number. Every shot is compared with itself under its own best symmetry (mirrored, turned, or moved by a period, whichever
 # correlates most); what differs is its residual, in grey levels of 255. Where the premise holds, it is larger inside the mask
-# than outside. A correlation far below 1 says that there is hardly a symmetry to break. Medians over eight shots of each defect at
-# most, in all categories of the profile.
+# than outside. A correlation far below 1 says that there is hardly a symmetry to break. In the picture white is a difference
+# of 128 grey levels or more, and plain grey is where an image has no copy.
 
 # %%
-alike = {"defects": None, "prompts": {}, "methods": ["crop_paste"], "variants": []}  # the others are only looked at
-others = {name: p.model_copy(update=alike | {"category": name}) for name in prepare.categories(p)}
-studies = {s.category: s} | {name: study.open_category(of) for name, of in others.items() if name != s.category}
-few = {(c, d): [x for x in of.shots() if x.defect == d][:8] for c, of in studies.items() for d in of.defects}
-broken = pd.concat({k: symmetry.asymmetry([x.image for x in own], [x.mask for x in own]) for k, own in few.items()})
-broken = broken.rename_axis(["category", "defect", "shot"])
-by_defect = broken.groupby(level=["category", "defect"], sort=False)
-medians = by_defect[["correlation", "inside", "outside", "ratio"]].median()
-medians.insert(0, "kinds", by_defect["kind"].agg(lambda kinds: ", ".join(sorted(set(kinds)))))
+broken = pd.concat({d: symmetry.asymmetry([x.image for x in few], [x.mask for x in few]) for d, few in shots.items()})
+broken = broken.rename_axis(["defect", "shot"])
+medians = broken.groupby(level="defect", sort=False)[["correlation", "inside", "outside", "ratio"]].median()
+medians.insert(0, "kinds", broken.groupby(level="defect")["kind"].agg(lambda kinds: ", ".join(sorted(set(kinds)))))
 medians.round(2)
 
-# %% [markdown]
-# The first shot of each defect and what is left of it. White is a difference of 128 grey levels or more, plain grey is where an
-# image has no copy.
-
 # %%
-for name, of in studies.items():
-    firsts = [few[name, defect][0] for defect in of.defects]
-    left = [symmetry.best_symmetry(shot.image, shot.mask).picture() for shot in firsts]
-    figure = figures.sheet(
-        [[shot.image for shot in firsts], left], row_labels=[f"{name}, shot", "residual"], column_labels=list(of.defects),
-        outline_masks=[[shot.mask for shot in firsts]] * 2,
-    )  # fmt: skip
-    figures.save(figure, folder, f"symmetry_{of.category}", broken.loc[[name]].reset_index())
-    display(figure)
+rows = []
+for few in shots.values():
+    rows.append([few[0].image, symmetry.best_symmetry(few[0].image, few[0].mask).picture()])
+figure = figures.sheet(
+    [list(column) for column in zip(*rows)], row_labels=["shot", "residual"], column_labels=list(shots),
+    outline_masks=[[few[0].mask for few in shots.values()]] * 2,
+)  # fmt: skip
+figures.save(figure, folder, f"symmetry_{s.category}", broken.reset_index())
+figure
 
 # %% [markdown]
 # ## What was found
@@ -230,7 +220,7 @@ shots_total = int((manifest["side"] == "shot").sum())
 print(f"{p.dataset}: {index['category'].nunique()} categories, {len(index)} images, {shots_total} of them shots.")
 print(f"Small defects (below tau) in {s.category}: {', '.join(mean_area.index[mean_area < tau]) or 'none'};",
       f"large: {', '.join(mean_area.index[mean_area >= tau]) or 'none'}.")  # fmt: skip
-for (name, defect), row in medians.iterrows():
-    print(f"{name}, {defect}: under its best symmetry a shot differs by {row['inside']:.0f} grey levels inside the mask and "
+for defect, row in medians.iterrows():
+    print(f"{defect}: under its best symmetry a shot differs by {row['inside']:.0f} grey levels inside the mask and "
           f"{row['outside']:.0f} outside (medians; correlation {row['correlation']:.2f}).")  # fmt: skip
 print(s.stamp())

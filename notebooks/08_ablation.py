@@ -241,8 +241,8 @@ if taken := {name: counts for name, counts in taken.items() if counts.any()}:
     figures.save(figure, folder, f"symmetry_aware_taken_for_{s.category}")
     display(figure)
 for row in records[several[0], s.seeds[0]]["metrics"] if taken else []:
-    if row["metric"] == judges.CLASS_SEEN:
-        told = row["protocol"]
+    told = row["protocol"]
+    if row["metric"] == judges.CLASS_SEEN and None not in (told["on_real"], told["on_others"]):
         print(f"{row['defect']}, seed {s.seeds[0]}: real ones are taken for it by {told['on_real']:.0%}, "
               f"real ones of others by {told['on_others']:.0%}")  # fmt: skip
 

@@ -255,8 +255,8 @@ layout.view(beside) if len(beside) else "Every measure was withheld."
 # ## Which claims held?
 #
 # The papers' comparative claims, tested on this category's runs: paired differences with a bootstrap interval. A verdict needs
-# four pairs of category and defect and three seeds, which `make claims` runs; its verdicts over the whole batch are in
-# `figures/claims.md` and on the report's page.
+# four pairs of category and defect and three seeds, which `make claims` runs; the verdicts over a whole batch are on its report's
+# page.
 
 # %%
 judged = claims.judge(results)

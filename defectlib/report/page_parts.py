@@ -87,7 +87,7 @@ CAPTIONS = {
 }  # fmt: skip
 # Drawn by the notebooks whose unit is a data set: for the first category of a batch only.
 OF_FIRST_CATEGORY = frozenset({
-    "fig_1_starting_point", "mask_area", "crop_paste_steps", "crop_paste_on_off", "defectsynth_blending",
+    "fig_1_starting_point", "mask_area", "symmetry", "crop_paste_steps", "crop_paste_on_off", "defectsynth_blending",
     "defectsynth_alignment", "defectsynth_weights", "defectsynth_weight_maps", "defectsynth_on_off",
     "defectsynth_fusion", "dualanodiff_branches", "dualanodiff_pairs", "dualanodiff_interaction",
     "dualanodiff_attention", "adabldm_fig_1_styles", "adabldm_fig_2_network", "adabldm_fig_3_stages",

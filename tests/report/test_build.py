@@ -79,10 +79,10 @@ def test_captions_name_the_pictures_that_the_notebooks_draw():
     units = {}
     for name, (unit, _, _) in batch.NOTEBOOKS.items():
         text = (paths.NOTEBOOKS / f"{name}.py").read_text()
-        saved = re.findall(r'figures\.save(?:_data)?\(\w+, folder, f"(\w+)_\{(s|of)\.category\}"', text)
+        saved = re.findall(r'figures\.save(?:_data)?\(\w+, folder, f"(\w+)_\{s\.category\}"', text)
         assert len(saved) == text.count("figures.save"), name
         assert "tables.write" not in text, "the report alone writes tables"
-        units |= {stem: unit if whose == "s" else "category" for stem, whose in saved}  # `of` is each category in turn
+        units |= dict.fromkeys(saved, unit)
     assert set(units) == set(page_parts.CAPTIONS)
     assert {stem for stem, unit in units.items() if unit == "dataset"} == page_parts.OF_FIRST_CATEGORY
     shown = page_parts.captions(["brick", "gear"])
