@@ -42,14 +42,14 @@ def background(image: Tensor) -> Tensor:
 def crop_box(mask: Tensor, side: float, rng: np.random.Generator) -> tuple[slice, slice]:
     """A random square window, its side at least this share of the mask's, with half of the defect in it or more.
 
-    Of 32 windows the first that has it, else the whole.
+    Of 32 windows the first that has it and is not all defect, else the whole.
     """
     size = mask.shape[-1]
     for _ in range(32):
         length = int(rng.integers(round(side * size), size + 1))
         y, x = rng.integers(size - length + 1, size=2)
         box = slice(y, y + length), slice(x, x + length)
-        if 2 * mask[:, *box].sum() >= mask.sum():
+        if 2 * mask[:, *box].sum() >= mask.sum() and not mask[:, *box].all():
             return box
     return slice(0, size), slice(0, size)
 

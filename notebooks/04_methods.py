@@ -519,7 +519,8 @@ n = pair.config.batch_size
 for r in wanted[-1:]:
     with attention.watched_text(pair.dual(r.defect).branches.unet) as looked:
         images, parts = pair.denoised([r])
-    maps = attention.text_maps(looked, grid)
+    rows_drawn = max(map(len, looked))  # a background's own pass has fewer rows, and no words
+    maps = attention.text_maps([shares for shares in looked if len(shares) == rows_drawn], grid)
     for k, (branch, prompt, drawn_one) in enumerate(zip(BRANCHES, PROMPTS, (images[0], parts[0]))):
         first = (2 * k + 1) * n if pair.config.guidance_scale > 1 else k * n  # rows without a prompt come before
         own = dict(backbone.words(model.tokenizer, prompt))

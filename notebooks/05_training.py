@@ -173,13 +173,13 @@ else:
 # Outside the mask the normal image is known, yet the decoder gives its own reconstruction of it. AdaBLDM's last stage trains a
 # copy of the decoder for each image that is drawn, all of it and for 200 steps; the profile here may train less of it, see the
 # configuration above. The error against the normal image outside the mask (white is 32 grey levels or more) before and after,
-# and what became of the defect:
+# and what became of the defect, where AdaBLDM is among the methods:
 
 # %%
-name, seed, rows, numbers = "adabldm", s.seeds[0], [], []
-stages.fit(s, name, seed)
-drawing = s.load(name, seed)
-placed = sampling.plan(shots, normals, 1, s.mask_source(name), seed, s.prompts(), s.all_defects)
+name, seed, rows, numbers, placed = "adabldm", s.seeds[0], [], [], []
+if name in s.methods:
+    drawing = s.load(name, seed)
+    placed = sampling.plan(shots, normals, 1, s.mask_source(name), seed, s.prompts(), s.all_defects)
 for r in placed:
     both = []
     for values in ({"decoder": None}, {}):
@@ -190,11 +190,12 @@ for r in placed:
     rows.append([r.normal, *both, *[(e * ~r.mask / 32).amax(0, keepdim=True).clamp(max=1) for e in errors]])
     numbers.append([r.defect, *[e[:, ~r.mask[0]].mean().item() for e in errors], moved.item()])
 titles = ["normal", "as decoded", "adapted", "error, as decoded", "error, adapted"]
-figure = figures.sheet(rows, row_labels=[r.defect for r in placed], column_labels=titles, scale=128 / s.size)
 columns = ["defect", "outside, as decoded", "outside, adapted", "inside, moved by"]
 adaptation = pd.DataFrame(numbers, columns=columns).set_index("defect")
-figures.save(figure, folder, f"adabldm_decoder_{s.category}", adaptation.reset_index())
-figure
+if placed:
+    figure = figures.sheet(rows, row_labels=[r.defect for r in placed], column_labels=titles, scale=128 / s.size)
+    figures.save(figure, folder, f"adabldm_decoder_{s.category}", adaptation.reset_index())
+    display(figure)
 
 # %%
 adaptation.round(2)

@@ -13,7 +13,7 @@ def test_shipped_profiles_are_valid():
 
 
 def test_unknown_profile_lists_the_known():
-    with pytest.raises(ValueError, match="no profile 'demp'.*demo, multiclass, paper, smoke"):
+    with pytest.raises(ValueError, match="no profile 'demp'.*demo, longer, multiclass, paper, smoke"):
         profiles.load("demp")
 
 
@@ -50,6 +50,20 @@ def test_a_profile_extends_another(tmp_path, monkeypatch):
     (folder / "demo.yaml").write_text((folder / "demo.yaml").read_text().replace("max_normals: 60", "max_normals: -1"))
     with pytest.raises(ValueError, match="demo.yaml.*max_normals"):
         profiles.load("symmetry")
+
+
+def test_longer_is_demo_with_three_times_the_steps_for_what_draws_whole_images():
+    longer, demo = profiles.load("longer").model_dump(), profiles.load("demo").model_dump()
+    assert {name for name in demo if demo[name] != longer[name]} == {
+        "profile",
+        "run",
+        "methods",
+        "variants",
+        "downstream",
+    }
+    for name, ours in longer["methods"].items():
+        times = 3 if name in ("dualanodiff", "symmetry_aware") else 1
+        assert ours == demo["methods"][name] | ({"steps": times * demo["methods"][name]["steps"]} if times > 1 else {})
 
 
 @pytest.mark.parametrize("rule", [{}, {"of": "first"}, {"most": 2, "others": 3}])

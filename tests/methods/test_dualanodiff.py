@@ -80,6 +80,11 @@ def test_a_crop_keeps_the_defect_or_is_the_whole_image():
         assert 2 * corners[:, *box].sum() >= corners.sum()
         few = crop_box(SHOTS[0].mask, 0.3, np.random.default_rng(k))
         assert 2 * SHOTS[0].mask[:, *few].sum() >= SHOTS[0].mask.sum() and few[0].stop - few[0].start >= 19
+    large = torch.zeros(1, 64, 64, dtype=torch.bool)
+    large[0, 6:58, 6:58] = True
+    boxes = [crop_box(large, 0.7, np.random.default_rng(k)) for k in range(40)]
+    assert not any(large[:, *box].all() for box in boxes), "a part without grey has no mask"
+    assert any(box[0].stop - box[0].start < 64 for box in boxes)
 
 
 def test_a_crops_background_is_that_of_the_whole_image():
