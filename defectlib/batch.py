@@ -35,8 +35,6 @@ NOTEBOOKS = {
     "08_ablation": ("category", ("07_quality",), "quality"),
     "09_downstream": ("run", ("06_generation",), "downstream"),
 }
-# What 04_methods trains, whatever is asked for: a batch without one of them leaves it out.
-EXPLAINED = ("defectsynth", "dualanodiff", "adabldm")
 COORDINATOR = "DEFECTLIB_COORDINATOR"
 CELL_TIMEOUT_S = 14 * 24 * 3600
 # Kernels are reached over TCP ports; unencrypted, they warn in every log. When the last cell is done there is nothing
@@ -91,7 +89,7 @@ def jobs(parameters: Parameters, categories: list[str], grouping: str = "categor
         by_scope[notebook, category, group] = name
 
     for notebook, (unit, _, _) in NOTEBOOKS.items():
-        if notebook == "04_methods" and not set(EXPLAINED) <= set(methods):
+        if notebook == "04_methods" and not set(profiles.EXPLAINED) <= set(methods):
             continue
         if unit == "dataset":
             add(notebook, "", "", {"category": categories[0], "methods": methods, "seeds": seeds})
@@ -336,7 +334,10 @@ def reproduce(values: dict[str, Any], words: list[str]) -> None:
     os.set_inheritable(lock, True)
     graph = jobs(parameters, values["categories"], values["grouping"])
     if "04_methods" not in graph:
-        print(f"without 04_methods, which trains {', '.join(EXPLAINED)}: not all of them are asked for", flush=True)
+        print(
+            f"without 04_methods, which trains {', '.join(profiles.EXPLAINED)}: not all of them are asked for",
+            flush=True,
+        )
     stale = withdraw_stale_receipts(graph)
     if stale:
         print("to be made again:", ", ".join(stale), flush=True)

@@ -38,11 +38,13 @@ def parser() -> argparse.ArgumentParser:
     top = _Parser(prog="defectlib", description="Few-shot defect image generation, reproduced.")
     commands = top.add_subparsers(required=True, metavar="command")
 
-    one = commands.add_parser("reproduce", help="run all nine notebooks on a data set, then the tables and figures")
+    one = commands.add_parser("reproduce", help="run the notebooks on a data set, then the tables and figures")
     _data_options(one)
     one.add_argument("--grid", choices=["full"], help="all categories and defects, not only the profile's first ones")
     one.add_argument("--category", type=_names, help="comma-separated categories instead of the profile's first ones")
-    one.add_argument("--methods", type=_names, help="comma-separated methods instead of the profile's")
+    explained = ", ".join(profiles.EXPLAINED)
+    only = f"comma-separated methods instead of the profile's; 04_methods runs only with {explained} among them"
+    one.add_argument("--methods", type=_names, help=only)
     one.add_argument("--variants", type=_some, help="variants of them instead of all: names, none, or claimed")
     one.add_argument("--seeds", type=_seeds, help="comma-separated seeds instead of the profile's")
     one.add_argument("--grouping", choices=["category", "run"], default="category", help="what one job covers")

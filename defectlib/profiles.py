@@ -13,6 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from defectlib import paths
 
+# What 04_methods trains, whatever is asked for: a batch without one of them leaves that notebook out.
+EXPLAINED = ("defectsynth", "dualanodiff", "adabldm")
 # Of a profile: merged by name under `extends`.
 GROUPS = ("methods", "data", "sample", "quality", "downstream")
 SplitRule = Literal["first_third", "random_thirds", "ten_shots", "all_shots"]
@@ -201,8 +203,8 @@ class Grid(Strict):
 class Profile(Strict):
     """One of ``papermill_params/profiles``: values only, the code path is the same for all.
 
-    ``run`` names the methods that are run where nobody asks for others; empty: all. The rest are there for the
-    notebooks that tell of every method.
+    ``run`` names the methods that are run where nobody asks for others; empty: all. The rest are there for who asks
+    for them, and for ``04_methods`` run by itself.
     """
 
     profile: str

@@ -405,7 +405,7 @@ def require_weights(parameters: Parameters) -> None:
         wanted.add("resnet34")
     for name in sorted(wanted):
         files.locate(name)
-    backbone.digest(settings.backbone)  # notebooks 02 to 04 look at it, whatever the methods
+    backbone.digest(settings.backbone)  # notebooks 02, 03 and 07 look at it, whatever the methods
 
 
 def results(parameters: Parameters, categories: Sequence[str]) -> pd.DataFrame:

@@ -142,7 +142,8 @@ changes
 # on the shots. Drawing starts from a normal image. Two ideas are added at that time, and both can be switched off in the
 # same fit: **SAE** re-weights cross-attention towards what differs from a real defect, and **SFF** lets the samples of a
 # group lend each other features. The fit is that of notebook 5 where it is there; else it is made here, whatever
-# `methods` asks for, for this one category.
+# `methods` asks for, for this one category. A batch has this notebook only where it asks for DefectSynth, DualAnoDiff and
+# AdaBLDM.
 
 # %%
 seed = s.seeds[0]

@@ -198,7 +198,7 @@ if placed:
     display(figure)
 
 # %%
-adaptation.round(2)
+adaptation.round(2) if placed else "AdaBLDM was not asked for."
 
 # %% [markdown]
 # ## What it costs

@@ -114,7 +114,7 @@ def test_each_job_has_the_variants_of_its_methods():
 def test_nothing_is_trained_that_was_not_asked_for():
     for asked in (Parameters(profile="symmetry"), Parameters(profile="demo", methods=["adabldm", "dualanodiff"])):
         assert {job.notebook for job in batch.jobs(asked, ["gear"]).values()} == set(batch.NOTEBOOKS) - {"04_methods"}
-    assert "04_methods" in batch.jobs(Parameters(profile="demo", methods=list(batch.EXPLAINED)), ["gear"])
+    assert "04_methods" in batch.jobs(Parameters(profile="demo", methods=list(profiles.EXPLAINED)), ["gear"])
 
 
 def test_receipts_without_their_stage_files_are_withdrawn(tmp_path, monkeypatch):

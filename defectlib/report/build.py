@@ -8,6 +8,7 @@ from typing import Any
 import pandas as pd
 
 from defectlib import params, paths, prepare, study
+from defectlib.profiles import EXPLAINED
 from defectlib.report import ablation, claims, costs, page, page_parts, tables
 
 SEEDS = [0, 1, 2]
@@ -58,13 +59,16 @@ def report(batch: dict[str, Any]) -> Path:
     results = study.results(parameters, categories)
     seeds = parameters.seeds or parameters.settings().seeds
     split = manifests(parameters, categories, seeds)
+    methods = parameters.settings().asked(parameters.methods)
+    without = [] if set(EXPLAINED) <= set(methods) else ["04_methods"]
     built = {name: tables.build(results, name, manifests=split) for name in tables.NAMES}
     judged = claims.judge(results)
-    others = [ablation.build(results), costs.build(results, parameters.notebooks_folder())]
+    others = [ablation.build(results), costs.build(results, parameters.notebooks_folder(), without)]
     for table in [*built.values(), judged, *others]:
         tables.write(table, folder, table.attrs["name"])
     paths.write_text(folder / "results.csv", results.to_csv(index=False))
-    pictures = {s: text for s, text in page_parts.captions(categories).items() if (folder / f"{s}.png").is_file()}
+    told = page_parts.captions(categories, methods)
+    pictures = {stem: text for stem, text in told.items() if (folder / f"{stem}.png").is_file()}
     if is_shipped(parameters, categories):
         publish(folder, list(pictures))
     if ships_tables(parameters, categories):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 
 import pandas as pd
@@ -20,19 +21,21 @@ NOTE = (
 )
 
 
-def build(results: pd.DataFrame, notebooks: Path) -> pd.DataFrame:
+def build(results: pd.DataFrame, notebooks: Path, without: Collection[str] = ()) -> pd.DataFrame:
     """The cost of each method's stages, from the stage files behind ``results``, and of each executed notebook.
 
     Args:
         results: Rows of ``runs.collect()``.
         notebooks: The folder of executed notebooks, whose receipts tell their times; it may be missing.
+        without: Notebooks that this batch leaves out: receipts of an earlier one may lie there.
 
     Returns:
         Columns ``COLUMNS``: ``of`` is "method" or "notebook", ``stage`` is empty for notebooks; a row for each that
         was run. ``attrs`` as those of the other tables.
     """
     stages = results.drop_duplicates("path").assign(of="method", name=lambda t: t["method"])
-    receipts = [json.loads(file.read_text()) for file in sorted(notebooks.glob("[0-9]*.json"))]
+    files = [file for file in sorted(notebooks.glob("[0-9]*.json")) if file.name.split(".")[0] not in without]
+    receipts = [json.loads(file.read_text()) for file in files]
     measured = ["wall_s", "peak_memory_mb", "device"]
     books = pd.DataFrame(
         [["notebook", r["job"].split(".")[0], "", *(r.get(name) for name in measured)] for r in receipts],

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from defectlib.profiles import EXPLAINED
+
 # Picture -> what it shows; its file is <picture>_<category>. The order is the order on the page.
 CAPTIONS = {
     "overview": "At a glance: the first shot of every defect and each method's first sample of it, with their masks.",
@@ -97,11 +99,31 @@ OF_FIRST_CATEGORY = frozenset({
 })  # fmt: skip
 
 
-def captions(categories: Sequence[str]) -> dict[str, str]:
-    """Stem -> caption of the pictures of a batch over these categories, in page order."""
+# Drawn by 04_methods, which a batch may leave out, and where a method is asked for: an earlier batch's may lie there.
+OF_EXPLAINED = frozenset({
+    "crop_paste_steps", "crop_paste_on_off", "defectsynth_blending", "defectsynth_alignment", "defectsynth_weights",
+    "defectsynth_weight_maps", "defectsynth_on_off", "defectsynth_fusion", "dualanodiff_branches", "dualanodiff_pairs",
+    "dualanodiff_interaction", "dualanodiff_attention", "adabldm_fig_1_styles", "adabldm_fig_2_network",
+    "adabldm_fig_3_stages",
+})  # fmt: skip
+OF_METHOD = {
+    "adabldm_decoder": "adabldm", "dualanodiff_fig_4": "dualanodiff", "symmetry_aware_taken_for": "symmetry_aware",
+    "symmetry_aware_similarity": "symmetry_aware", "symmetry_aware_between": "symmetry_aware",
+    "symmetry_aware_gates": "symmetry_aware", "symmetry_aware_weights": "symmetry_aware",
+}  # fmt: skip
+
+
+def captions(categories: Sequence[str], methods: Sequence[str]) -> dict[str, str]:
+    """Stem -> caption of the pictures of a batch over these categories and methods, in page order."""
+
+    def asked(picture: str) -> bool:
+        needed = EXPLAINED if picture in OF_EXPLAINED else [OF_METHOD[picture]] if picture in OF_METHOD else []
+        return set(needed) <= set(methods)
+
     return {
         f"{picture}_{category}": f"{text.rstrip('.')} ({category})."
         for picture, text in CAPTIONS.items()
+        if asked(picture)
         for category in (categories[:1] if picture in OF_FIRST_CATEGORY else categories)
     }
 

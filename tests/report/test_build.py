@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 
-from defectlib import batch, params, paths, study
+from defectlib import batch, params, paths, profiles, study
 from defectlib.report import ablation, build, claims, costs, figures, page_parts, tables
 
 DEFAULT = params.Parameters(profile="demo")
@@ -85,8 +85,19 @@ def test_captions_name_the_pictures_that_the_notebooks_draw():
         units |= dict.fromkeys(saved, unit)
     assert set(units) == set(page_parts.CAPTIONS)
     assert {stem for stem, unit in units.items() if unit == "dataset"} == page_parts.OF_FIRST_CATEGORY
-    shown = page_parts.captions(["brick", "gear"])
+    text = (paths.NOTEBOOKS / "04_methods.py").read_text()
+    drawn_by_04 = {stem for stem in units if f'folder, f"{stem}_{{s.category}}' in text}
+    assert drawn_by_04 == page_parts.OF_EXPLAINED
+    shown = page_parts.captions(["brick", "gear"], list(profiles.load("demo").methods))
     assert {"memorisation_brick", "confusion_brick", "confusion_gear"} < set(shown) and "memorisation_gear" not in shown
+    assert len(shown) == len(units) + sum(unit != "dataset" for unit in units.values()), "all of two categories"
+
+
+def test_the_page_shows_nothing_of_methods_that_were_not_asked_for():
+    """Pictures of an earlier batch may lie in the same folder."""
+    shown = {stem.removesuffix("_brick") for stem in page_parts.captions(["brick"], ["dualanodiff"])}
+    assert {"dualanodiff_fig_4", "dualanodiff_fig_3_attention", "adabldm_composites", "overview"} < shown
+    assert not shown & {"dualanodiff_pairs", "defectsynth_fusion", "adabldm_decoder", "symmetry_aware_gates"}
 
 
 def test_figures_in_git_are_those_the_report_copies():

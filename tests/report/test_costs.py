@@ -37,6 +37,13 @@ def test_a_stage_counts_once_whatever_it_measured(table):
     assert own.loc[("crop_paste", "fit"), "device"] == "a GPU"
 
 
+def test_a_notebook_that_was_left_out_cost_nothing(tmp_path):
+    for job in ("04_methods", "05_training.nut"):
+        receipt(tmp_path / "notebooks", job, 60.0)
+    books = costs.build(results([]), tmp_path / "notebooks", without=["04_methods"])
+    assert books["name"].tolist() == ["05_training"]
+
+
 def test_notebooks_are_summed_over_categories(table):
     books = table[table["of"] == "notebook"].set_index("name")
     assert books["runs"].to_dict() == {"01_data": 1, "05_training": 2}
