@@ -54,7 +54,7 @@ from defectlib import backbone, diffusion, params, published, study
 from defectlib.data import mini, splits
 from defectlib.masks import interpolation, latent, random, shape, sources, trimap
 from defectlib.metrics import regions
-from defectlib.report import figures
+from defectlib.report import explorer, figures
 
 p = params.read(globals())
 s = study.open_category(p)
@@ -246,7 +246,12 @@ def slide(defect, form, alpha):
     return figures.sheet([list(drawn)], row_labels=[f"{defect}\nalpha {alpha:.2f}"], scale=128 / s.size)
 
 
-ipywidgets.interactive(slide, defect=list(s.defects), form=["transport", "raster", "latent"], alpha=(0.0, 1.0, 0.05))
+explorer.interactive(
+    slide,
+    defect=ipywidgets.Dropdown(description="defect", options=list(s.defects)),
+    form=ipywidgets.Dropdown(description="form", options=["transport", "raster", "latent"]),
+    alpha=ipywidgets.FloatSlider(0.5, min=0, max=1, step=0.05, description="alpha", continuous_update=False),
+)
 
 # %%
 slide(s.defects[0], "transport", 0.5)

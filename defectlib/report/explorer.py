@@ -1,6 +1,8 @@
 """A view of one sample, a sheet of a run's worst, and widgets over both: everything that is drawn, nothing that is not.
 
-Everything here reads: no widget draws a sample or fits a model.
+Everything here reads: no widget draws a sample or fits a model. None of them is ipywidgets' Output, which its own
+``interactive`` has: nbclient answers it while a cell runs, now and then misses the cell's end for it, and then waits
+for ever (jupyter/nbclient, issue 312).
 """
 
 from __future__ import annotations
@@ -13,7 +15,6 @@ from typing import Any, NamedTuple
 import ipywidgets
 import pandas as pd
 import torch
-from IPython.display import display
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -168,6 +169,19 @@ def drawn_runs(s: Study) -> dict[tuple[str, str, int], DrawnRun]:
     return dict(sorted(found.items(), key=lambda run: (run[0][0], order.get(run[0][1], len(order)), run[0][1:])))
 
 
+def interactive(draw: Callable[..., Figure], **controls: ipywidgets.Widget) -> ipywidgets.VBox:
+    """Controls over what ``draw`` gives of their values, drawn anew when one of them changes."""
+    picture = ipywidgets.Image(format="png")
+
+    def changed(_: Any = None) -> None:
+        picture.value = draw(**{name: control.value for name, control in controls.items()})._repr_png_()
+
+    for control in controls.values():
+        control.observe(changed, "value")
+    changed()
+    return ipywidgets.VBox([*controls.values(), picture])
+
+
 def explore_samples(s: Study) -> ipywidgets.VBox:
     """A widget over :func:`view`: any sample that is drawn, its mask laid over it as strongly as one likes."""
     controls = {
@@ -197,13 +211,13 @@ class _Panel:
     def __init__(self, s: Study, draw: Callable[..., Figure], controls: Mapping[str, ipywidgets.Widget]):
         self.draw, self.controls, self.runs = draw, controls, drawn_runs(s)
         self.menus = {name: ipywidgets.Dropdown(description=name) for name in ("category", "defect", "method", "seed")}
-        self.output, self.narrowing = ipywidgets.Output(), False
+        self.picture, self.narrowing = ipywidgets.Image(format="png"), False
         self._narrow({"category": s.category, "method": s.methods[-1], "seed": s.seeds[0], "defect": s.defects[0]})
         for control in [*self.menus.values(), *controls.values()]:
             control.observe(self._changed, "value")
         self._changed()
         rows = [ipywidgets.HBox(list(some.values())) for some in (self.menus, controls)]
-        self.box = ipywidgets.VBox([*rows, self.output])
+        self.box = ipywidgets.VBox([*rows, self.picture])
 
     def _narrow(self, choice: Mapping[str, Any]) -> None:
         """Offer in each menu what goes with the choices before it."""
@@ -221,15 +235,14 @@ class _Panel:
     def _changed(self, _: Any = None) -> None:
         if self.narrowing:  # a menu that is narrowed calls back like one that was chosen from
             return
-        self.output.clear_output(wait=True)
-        with self.output:
-            self.narrowing = True
-            try:
-                self._narrow({name: menu.value for name, menu in self.menus.items()})
-            finally:
-                self.narrowing = False
-            asked = {name: self.menus[name].value for name in ("method", "seed", "defect")}
-            display(self.draw(self.run.study, **asked, **{name: c.value for name, c in self.controls.items()}))
+        self.narrowing = True
+        try:
+            self._narrow({name: menu.value for name, menu in self.menus.items()})
+        finally:
+            self.narrowing = False
+        asked = {name: self.menus[name].value for name in ("method", "seed", "defect")}
+        drawn = self.draw(self.run.study, **asked, **{name: c.value for name, c in self.controls.items()})
+        self.picture.value = drawn._repr_png_()
 
 
 def _offer(menu: ipywidgets.Widget, options: Mapping[str, Any], choice: Any) -> Any:

@@ -1,4 +1,5 @@
 import dataclasses
+import re
 
 import ipywidgets
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 import torch
 from matplotlib.collections import LineCollection
 
-from defectlib import images, judges, sampling, stages, study
+from defectlib import images, judges, paths, sampling, stages, study
 from defectlib.metrics import nearest
 from defectlib.report import explorer, layout, scores
 from defectlib.study import SHOTS_ONLY
@@ -188,7 +189,10 @@ def test_what_is_drawn_is_offered(explored):
 
 def test_a_choice_narrows_the_menus_after_it_and_draws_once(explored, monkeypatch):
     drawn = []
-    monkeypatch.setattr(explorer, "view", lambda s, **chosen: drawn.append({"category": s.category, **chosen}))
+    some = explorer.view(explored, "crop_paste", 0, explored.defects[0])
+    monkeypatch.setattr(
+        explorer, "view", lambda s, **chosen: drawn.append({"category": s.category, **chosen}) or some
+    )  # fmt: skip
     found = menus(explorer.explore_samples(explored))
     found["method"].value = "crop_paste_feather"
     found["sample"].value = 3
@@ -211,9 +215,27 @@ def test_every_offered_run_can_be_seen(explored):
             assert len(explorer.view(run.study, method, seed, defect, n - 1).axes[0].images) == 4
 
 
+def test_a_control_draws_anew_and_nothing_waits_for_its_client(explored):
+    """An Output widget is answered by nbclient while its cell runs, which may then wait for ever (its issue 312)."""
+
+    def draw(number):
+        return explorer.view(explored, "crop_paste", 0, explored.defects[0], number)
+
+    box = explorer.interactive(draw, number=ipywidgets.IntSlider(0, max=3))
+    control, picture = box.children
+    first = bytes(picture.value)
+    control.value = 2
+    assert first.startswith(b"\x89PNG") and bytes(picture.value) == draw(2)._repr_png_() != first
+    for some in (box, explorer.explore_samples(explored), explorer.explore_sheet(explored)):
+        assert isinstance(some.children[-1], ipywidgets.Image)
+    for text in [*paths.NOTEBOOKS.glob("*.py"), *(paths.ROOT / "defectlib").rglob("*.py")]:
+        assert not re.search(r"Output\(\)|ipywidgets\.interact", text.read_text()), text
+
+
 def test_the_sheet_starts_as_the_function_does(explored, monkeypatch):
     drawn = []
-    monkeypatch.setattr(explorer, "contact_sheet", lambda s, **chosen: drawn.append(chosen))
+    some = explorer.view(explored, "crop_paste", 0, explored.defects[0])
+    monkeypatch.setattr(explorer, "contact_sheet", lambda s, **chosen: drawn.append(chosen) or some)
     found = menus(explorer.explore_sheet(explored))
     found["order"].value = False
     first = {"method": "crop_paste", "seed": 0, "defect": explored.defects[0]}
