@@ -128,10 +128,22 @@ def _optimise(
     return settled if settled is not None else _settled(model, images), curve  # the last checkpoint is the end
 
 
+def batch_sizes(n: int, size: int = 16) -> list[int]:
+    """Sizes of the batches whose statistics are averaged, of which each weighs the same.
+
+    So one of fewer than a quarter of ``size`` joins that before it: a single last image, weighing as much as 16, once
+    cost a localiser 17 points of pixel AP.
+    """
+    whole, rest = divmod(n, size)
+    sizes = [size] * whole + [rest] * (rest > 0)
+    return [*sizes[:-2], size + rest] if whole and 0 < rest < size / 4 else sizes
+
+
 def _settled(model: nn.Module, images: Tensor) -> nn.Module:
     """The model with the batch-norm statistics of ``images``, in evaluation mode."""
     mixed = torch.randperm(len(images))  # inside `seeded`: a sorted set would give lopsided batches
-    batches_of = (images[chunk] for chunk in mixed.split(16))
+    sizes = batch_sizes(len(images))
+    batches_of = (images[chunk] for chunk in mixed.split(sizes))
     torch.optim.swa_utils.update_bn(batches_of, model, device=next(model.parameters()).device)
     return model.eval()
 

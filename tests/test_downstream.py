@@ -29,6 +29,23 @@ def test_batches_are_full_and_even():
     assert np.bincount(drawn).tolist() == [4] * 5
 
 
+def test_no_batch_of_a_few_images_weighs_as_much_as_a_full_one():
+    assert downstream.batch_sizes(81) == [16, 16, 16, 16, 17] and downstream.batch_sizes(84) == [16] * 5 + [4]
+    assert downstream.batch_sizes(32) == [16, 16] and downstream.batch_sizes(3) == [3]
+    for n in range(1, 70):
+        sizes = downstream.batch_sizes(n)
+        assert sum(sizes) == n and (min(sizes) >= 4 or len(sizes) == 1)
+
+
+def test_the_settled_statistics_are_those_of_the_batches():
+    """One channel, 17 images of which one is far off: alone in a batch it would weigh as much as 16."""
+    model = torch.nn.Sequential(torch.nn.BatchNorm2d(1)).train()
+    images = torch.zeros(17, 1, 2, 2)
+    images[5] = 17.0
+    settled = downstream._settled(model, images)
+    assert settled[0].running_mean.item() == pytest.approx(1.0) and not settled.training
+
+
 def test_steps_from_epochs():
     by_epoch = SETTINGS.model_copy(update={"epochs": 30, "steps": None})
     assert downstream.n_steps(by_epoch, 17) == 90 and downstream.n_steps(SETTINGS, 17) == 12
