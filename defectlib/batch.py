@@ -56,7 +56,7 @@ class Job:
 
 
 def jobs(parameters: Parameters, categories: list[str], grouping: str = "category") -> dict[str, Job]:
-    """The run graph over data set x category x method x seed; without 04_methods where that would train too much.
+    """The run graph over data set x category x method x seed; with 04_methods if all that it trains is asked for.
 
     Args:
         parameters: What all jobs share; ``methods`` and ``seeds`` default to the profile's.
@@ -89,7 +89,7 @@ def jobs(parameters: Parameters, categories: list[str], grouping: str = "categor
         by_scope[notebook, category, group] = name
 
     for notebook, (unit, _, _) in NOTEBOOKS.items():
-        if notebook == "04_methods" and not set(profiles.EXPLAINED) <= set(methods):
+        if notebook == "04_methods" and not profiles.explains(methods):
             continue
         if unit == "dataset":
             add(notebook, "", "", {"category": categories[0], "methods": methods, "seeds": seeds})

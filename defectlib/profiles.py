@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,6 +18,11 @@ EXPLAINED = ("defectsynth", "dualanodiff", "adabldm")
 # Of a profile: merged by name under `extends`.
 GROUPS = ("methods", "data", "sample", "quality", "downstream")
 SplitRule = Literal["first_third", "random_thirds", "ten_shots", "all_shots"]
+
+
+def explains(methods: Iterable[str]) -> bool:
+    """Whether a batch of these methods has 04_methods."""
+    return set(EXPLAINED) <= set(methods)
 
 
 class Strict(BaseModel):

@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from defectlib import params, paths, prepare, study
-from defectlib.profiles import EXPLAINED
+from defectlib.profiles import explains
 from defectlib.report import ablation, claims, costs, page, page_parts, tables
 
 SEEDS = [0, 1, 2]
@@ -60,7 +60,7 @@ def report(batch: dict[str, Any]) -> Path:
     seeds = parameters.seeds or parameters.settings().seeds
     split = manifests(parameters, categories, seeds)
     methods = parameters.settings().asked(parameters.methods)
-    without = [] if set(EXPLAINED) <= set(methods) else ["04_methods"]
+    without = [] if explains(methods) else ["04_methods"]
     built = {name: tables.build(results, name, manifests=split) for name in tables.NAMES}
     judged = claims.judge(results)
     others = [ablation.build(results), costs.build(results, parameters.notebooks_folder(), without)]

@@ -22,6 +22,7 @@ from torch import Tensor
 from defectlib import images, sampling
 from defectlib.report import figures, layout
 from defectlib.report.scores import DRAWN, MEASURED, SCORES, ranked, scores, title, written
+from defectlib.report.sheet import Picture
 from defectlib.study import Study
 
 TILES_A_ROW = 6
@@ -169,7 +170,7 @@ def drawn_runs(s: Study) -> dict[tuple[str, str, int], DrawnRun]:
     return dict(sorted(found.items(), key=lambda run: (run[0][0], order.get(run[0][1], len(order)), run[0][1:])))
 
 
-def interactive(draw: Callable[..., Figure], **controls: ipywidgets.Widget) -> ipywidgets.VBox:
+def interactive(draw: Callable[..., Picture], **controls: ipywidgets.Widget) -> ipywidgets.VBox:
     """Controls over what ``draw`` gives of their values, drawn anew when one of them changes."""
     picture = ipywidgets.Image(format="png")
 
@@ -208,7 +209,7 @@ class _Panel:
     A choice narrows the menus after it. It starts at the study's own category, its last method and its first seed.
     """
 
-    def __init__(self, s: Study, draw: Callable[..., Figure], controls: Mapping[str, ipywidgets.Widget]):
+    def __init__(self, s: Study, draw: Callable[..., Picture], controls: Mapping[str, ipywidgets.Widget]):
         self.draw, self.controls, self.runs = draw, controls, drawn_runs(s)
         self.menus = {name: ipywidgets.Dropdown(description=name) for name in ("category", "defect", "method", "seed")}
         self.picture, self.narrowing = ipywidgets.Image(format="png"), False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from defectlib.profiles import EXPLAINED
+from defectlib.profiles import explains
 
 # Picture -> what it shows; its file is <picture>_<category>. The order is the order on the page.
 CAPTIONS = {
@@ -117,8 +117,7 @@ def captions(categories: Sequence[str], methods: Sequence[str]) -> dict[str, str
     """Stem -> caption of the pictures of a batch over these categories and methods, in page order."""
 
     def asked(picture: str) -> bool:
-        needed = EXPLAINED if picture in OF_EXPLAINED else [OF_METHOD[picture]] if picture in OF_METHOD else []
-        return set(needed) <= set(methods)
+        return explains(methods) if picture in OF_EXPLAINED else OF_METHOD.get(picture) in (None, *methods)
 
     return {
         f"{picture}_{category}": f"{text.rstrip('.')} ({category})."
