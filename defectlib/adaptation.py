@@ -1,12 +1,18 @@
-"""A base model's UNet brought closer to a category by its many normal images, by LoRA (peft).
+"""A base model's UNet brought closer to a category by its many normal images.
 
-AdaBLDM's scheme fine-tunes the base on the data set before its ControlNet is trained (absent from its released code);
-DefectSynth does not. Low rank keeps what is stored small: 13 MB for Stable Diffusion 1.5 at rank 16, not 3.4 GB.
+:func:`adapt` does it by LoRA (peft), as a part of a method's fit. AdaBLDM's scheme fine-tunes the base on the data set
+before its ControlNet is trained (absent from its released code); DefectSynth does not. Low rank keeps what is stored
+small: 13 MB for Stable Diffusion 1.5 at rank 16, not 3.4 GB.
+
+:func:`to_objects` trains all of the UNet, for methods that draw whole images: their papers start from a model that
+knows most objects, and the small one does not. It is no part of a method's fit, and serves all of a category.
 """
 
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,9 +27,14 @@ from torch import Tensor
 from defectlib import diffusion, paths
 from defectlib.backbone import Backbone
 from defectlib.branches.routing import PROJECTIONS
+from defectlib.images import TURNS
+from defectlib.profiles import AdaptSettings
 from defectlib.training import Curve, FitSettings, State, digest, fit, once
 
 ADAPTER = "adapter.safetensors"
+# Prompt, whether it is told of the image or of its anomaly part, which is grey all over, and its share of the training.
+# Guidance leads away from what no prompt draws: were that images alone, the ground of parts would not stay grey.
+TOLD = (("a vfx", "image", 0.6), ("sks", "part", 0.2), ("", "image", 0.1), ("", "part", 0.1))
 
 
 def _with_lora(unet: UNet2DConditionModel, rank: int, seed: int) -> UNet2DConditionModel:
@@ -134,3 +145,48 @@ def read(folder: Path, base: Backbone, config: Adapting) -> tuple[Backbone, Stat
         return base, {}
     adapter = safetensors.torch.load_file(folder / ADAPTER)
     return restore(base, adapter), adapter
+
+
+def to_objects(base: Backbone, images: Tensor, asked: AdaptSettings, folder: Path) -> Backbone:
+    """A base model all of whose UNet was trained on with normal images, by its own loss and the prompts of ``TOLD``.
+
+    What was trained is kept in ``folder``, by all that it depends on: seeds and methods that start from it share one.
+
+    Args:
+        base: The model to start from; it is left alone.
+        images: float32 (N, 3, H, W) in [-1, 1], without defects.
+        asked: How long and at which rate; the rate falls to zero as a cosine.
+        folder: Where it is kept, and where a killed training goes on.
+
+    Returns:
+        The model; its ``digest`` tells it from the base and from one of other images or settings.
+    """
+    base.latent_shape(images.shape[-1])
+    depends = [base.digest, digest([images]), asked.model_dump(exclude={"methods"}), TOLD]
+    key = hashlib.sha256(json.dumps(depends).encode()).hexdigest()
+    settings = FitSettings(
+        steps=asked.steps, batch_size=asked.batch_size, learning_rate=asked.learning_rate, schedule="cosine"
+    )
+
+    def train() -> tuple[State, Curve]:
+        unet = copy.deepcopy(base.unet).requires_grad_(True)
+        turns = TURNS if asked.flips else TURNS[:1]
+        latents = base.encode(torch.cat([images.flip(turn) for turn in turns]))
+        prompts, pictures, shares = zip(*TOLD, strict=True)
+        grey, text = base.encode(torch.zeros_like(images[:1])), base.embed(prompts)
+        of_part = torch.tensor([picture == "part" for picture in pictures])
+
+        def loss(items: Tensor, generator: torch.Generator) -> Tensor:
+            told = torch.multinomial(torch.tensor(shares), len(items), replacement=True, generator=generator)
+            clean = torch.where(of_part[told, None, None, None].to(base.device), grey, latents[items])
+            noisy, timesteps, target = diffusion.noised(clean, base.scheduler, generator)
+            return (unet(noisy, timesteps, text[told]).sample.float() - target).square().mean()
+
+        curve = fit(unet, loss, len(latents), settings, seed=0, folder=folder / key[:12])
+        return {name: value.detach().cpu().contiguous() for name, value in unet.state_dict().items()}, curve
+
+    with paths.locked(folder / f".{key[:12]}.lock"):  # jobs of several methods ask for one
+        state, _ = once(folder / f"{key[:12]}.safetensors", depends, train)
+    unet = copy.deepcopy(base.unet)
+    unet.load_state_dict(state)
+    return replace(base, unet=unet, digest=key)

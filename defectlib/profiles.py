@@ -41,6 +41,20 @@ class DataSettings(Strict):
     max_test_normals: int = Field(ge=1)
 
 
+class AdaptSettings(Strict):
+    """What the base model learns of a category's normal images before these methods learn from shots.
+
+    For those that draw whole images, on a base model that does not know the objects: ``adaptation.to_objects``. One
+    training serves all of a category's methods, variants and seeds; with ``flips`` images are also mirrored and turned.
+    """
+
+    methods: list[str] = Field(min_length=1)
+    steps: int = Field(ge=1)
+    batch_size: int = Field(ge=1)
+    learning_rate: float = Field(gt=0)
+    flips: bool = True
+
+
 MaskSourceName = Literal["affine", "affine_as_shots", "perlin", "hmi_image", "hmi_latent", "hmi"]
 
 
@@ -220,6 +234,7 @@ class Profile(Strict):
     methods: dict[str, dict[str, Any]] = Field(min_length=1)
     variants: dict[str, Variant] = {}
     run: list[str] = []
+    adapt: AdaptSettings | None = None
     data: DataSettings
     sample: SampleSettings
     quality: QualitySettings
@@ -242,6 +257,8 @@ class Profile(Strict):
                 raise ValueError(f"sample.{field} names '{unknown[0]}', which is no method of the profile")
         if unknown := sorted(set(self.run) - set(self.methods)):
             raise ValueError(f"run names '{unknown[0]}', which is no method of the profile")
+        if self.adapt and (unknown := sorted(set(self.adapt.methods) - set(self.methods))):
+            raise ValueError(f"adapt.methods names '{unknown[0]}', which is no method of the profile")
         return self
 
     def asked(self, methods: list[str] | None) -> list[str]:

@@ -43,6 +43,8 @@ def fit(s: Study, method: str, seed: int) -> dict[str, Any]:
     s = covered[0]
     config, kind = s.config(method), s.method_of(method)
     values = {"method": kind.name, "config": config.fit_values(), "seed": seed}
+    if asked := s.adapts(method):
+        values["adapt"] = asked.model_dump(exclude={"methods"})
     if rule := s.shot_rule(method):
         values["shots"] = rule.model_dump(exclude_defaults=True)
     if kind.needs_backbone:
@@ -51,7 +53,7 @@ def fit(s: Study, method: str, seed: int) -> dict[str, Any]:
     if (record := folder.complete("fit", key)) is not None:
         return record
     with runs.stage(folder, "fit", key, s.identity(method, seed), values, {"split": s.data_key(seed)}) as metrics:
-        fitted = kind(config, s.backbone(method))
+        fitted = kind(config, s.backbone(method, seed))
         clock, passed = runs.stopwatch()
         shots, normals = (
             [item for one in covered for item in read(one)]

@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from defectlib import backbone, diffusion, params, paths, prepare, runs
+from defectlib import adaptation, backbone, diffusion, params, paths, prepare, runs
 from defectlib.backbone import Backbone
 from defectlib.data import layouts, splits
 from defectlib.images import open_pil, read_mask
@@ -28,11 +28,12 @@ from defectlib.methods import base
 from defectlib.methods.base import Method, MethodConfig
 from defectlib.metrics import files
 from defectlib.params import Parameters
-from defectlib.profiles import Keep, Profile, ShotRule
+from defectlib.profiles import AdaptSettings, Keep, Profile, ShotRule
 from defectlib.runs import RunFolder
 from defectlib.types import Shot
 
 SHOTS_ONLY = "shots_only"
+ADAPTED = "adapted_base"
 
 
 @dataclass(frozen=True)
@@ -203,7 +204,7 @@ class Study:
             ValueError: A file of the fit is cut off or missing.
         """
         folder = self.fitted_with(name)[0].folder(self.fitted_as(name), seed)
-        base_model = self.backbone(name)
+        base_model = self.backbone(name, seed)
         try:
             fitted = self.method_of(name).load(folder.model, base_model)
         except (OSError, json.JSONDecodeError, KeyError, SafetensorError) as error:  # whatever a truncated file raises
@@ -211,9 +212,26 @@ class Study:
         fitted.config = self.config(name)
         return fitted
 
-    def backbone(self, name: str) -> Backbone | None:
-        """The profile's base model, for a method that draws with one."""
-        return backbone.load(self.settings.backbone) if self.method_of(name).needs_backbone else None
+    def adapts(self, name: str) -> AdaptSettings | None:
+        """How the base model of a method or a variant is adapted to the category first, or None."""
+        asked = self.settings.adapt
+        return asked if asked and self.method_of(name).name in asked.methods else None
+
+    def backbone(self, name: str, seed: int) -> Backbone | None:
+        """The base model that a method or a variant learns and draws with, where it does with one.
+
+        It is the profile's, or that one adapted to the normal images of all categories that the fit learns from:
+        trained where it is not there yet.
+        """
+        if not self.method_of(name).needs_backbone:
+            return None
+        base_model, asked = backbone.load(self.settings.backbone), self.adapts(name)
+        if asked is None:
+            return base_model
+        covered = self.fitted_with(name)
+        images = torch.stack([image for one in covered for image in one.normals(seed)])
+        folder = covered[0].folder(name, seed).path.parents[1] / ADAPTED
+        return adaptation.to_objects(base_model, images, asked, folder)
 
     def mask_source_name(self, name: str) -> str:
         """Where a method or a variant gets its masks from."""

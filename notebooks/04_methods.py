@@ -148,7 +148,7 @@ changes
 # %%
 seed = s.seeds[0]
 record = stages.fit(s, "defectsynth", seed)
-fitted, model = s.load("defectsynth", seed), s.backbone("defectsynth")
+fitted, model = s.load("defectsynth", seed), s.backbone("defectsynth", seed)
 usual = fitted.config
 grid = model.latent_shape(s.size)[1:]
 print(

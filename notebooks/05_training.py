@@ -50,7 +50,7 @@ import pandas as pd
 from IPython.display import display
 from safetensors.torch import load_file
 
-from defectlib import params, sampling, stages, study
+from defectlib import backbone, diffusion, params, sampling, stages, study
 from defectlib.masks import trimap
 from defectlib.report import figures, layout, tables
 
@@ -75,7 +75,7 @@ pd.Series([shot.defect for shot in shots]).value_counts(sort=False).rename("shot
 # file. The first ones of each defect, with the trimaps that the ControlNet reads:
 
 # %%
-pasting = s.method_of("adabldm")(s.config("adabldm"), s.backbone("adabldm"))
+pasting = s.method_of("adabldm")(s.config("adabldm"), s.backbone("adabldm", s.seeds[0]))
 objects = [trimap.foreground(image) for image in normals]
 rows, labels = [], []
 for defect in s.defects:
@@ -106,6 +106,27 @@ config = pd.DataFrame(rows, columns=["method", "read while", "field", "value", "
 config.sort_values(["method", "read while"], ascending=[True, False], kind="stable").set_index(["method", "read while"])
 
 # %% [markdown]
+# ## The base model, adapted first
+#
+# DualAnoDiff and the symmetry-aware system draw whole images, and their papers start from Stable Diffusion, which has seen most
+# objects. `tiny` has seen none of these, so where the profile says so (`adapt`) all of its UNet is first trained on the category's
+# normal images, as "a vfx", and on the grey part of an image without a defect, as "sks". The papers do not do that. It is done
+# once, and serves all variants and seeds. Samples of both from the same noise:
+
+# %%
+adapting, rows = [method for method in s.methods if s.adapts(method)], [normals[:8]]
+for base in [backbone.load(s.settings.backbone), s.backbone(adapting[0], s.seeds[0])] if adapting else []:
+    start = diffusion.noise_like(range(len(rows[0])), base.latent_shape(s.size)).to(base.device)
+    drawn = diffusion.denoise(diffusion.prompted(base, ["a vfx"]), start, base.scheduler, 20)
+    rows.append(list(base.decode(drawn)))
+if adapting:
+    figure = figures.sheet(rows, row_labels=["normal", "as it ships", "adapted"])
+    figures.save(figure, folder, f"adapted_base_{s.category}")
+    display(figure)
+else:
+    print(f"{', '.join(s.methods)}: the base model is taken as it is.")
+
+# %% [markdown]
 # ## Fitting
 #
 # DualAnoDiff and the symmetry-aware system read masks off the drawn parts, by their departure from grey. A shot whose mask covers
@@ -132,7 +153,7 @@ for (method, seed), record in records.items():
 # %%
 rows = []
 for method in s.methods:
-    model, base, title = models[method, s.seeds[0]], s.backbone(method), layout.method_title(method)
+    model, base, title = models[method, s.seeds[0]], s.backbone(method, s.seeds[0]), layout.method_title(method)
     learned = [file for file in sorted(model.rglob("*.safetensors")) if file.stem != "shots"]
     if not learned:
         rows.append([title, "nothing: the shots are kept", 0, "trained"])

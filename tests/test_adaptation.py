@@ -1,9 +1,10 @@
-"""Adaptation of a base model to normal images: it learns, leaves the base alone, and comes back from its adapter."""
+"""Adaptation of a base model to normal images: it learns, leaves the base alone, and comes back from its file."""
 
 import pytest
 import torch
 
 from defectlib import adaptation
+from defectlib.profiles import AdaptSettings
 from defectlib.training import FitSettings
 
 IMAGES = torch.stack([torch.full((3, 64, 64), value) for value in (-0.5, 0.0, 0.5)])
@@ -55,3 +56,61 @@ def test_an_adapter_of_another_unet_is_refused(untrained, adapted):
     other = {name: value[..., :1] for name, value in adapted[1].items()}
     with pytest.raises(ValueError, match="another UNet"):
         adaptation.restore(untrained, other)
+
+
+ASKED = AdaptSettings(methods=["dualanodiff"], steps=3, batch_size=2, learning_rate=1e-3)
+
+
+@pytest.fixture(scope="module")
+def of_objects(untrained, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("adapted")
+    return adaptation.to_objects(untrained, IMAGES, ASKED, folder), folder
+
+
+def test_all_of_the_unet_is_trained_and_the_base_is_not(untrained, of_objects):
+    model, before = of_objects[0], predicted(untrained)
+    pairs = zip(model.unet.parameters(), untrained.unet.parameters(), strict=True)
+    assert all(not torch.equal(now, then) for now, then in pairs) and torch.equal(predicted(untrained), before)
+    assert not any(weight.requires_grad for weight in model.unet.parameters()) and not model.unet.training
+    assert (model.vae, model.text_encoder) == (untrained.vae, untrained.text_encoder)
+
+
+def test_who_asks_again_is_given_the_same_model(untrained, of_objects, monkeypatch):
+    model, folder = of_objects
+    monkeypatch.setattr(adaptation, "fit", lambda *a, **k: pytest.fail("it was trained again"))
+    others = ASKED.model_copy(update={"methods": ["symmetry_aware"]})
+    again = adaptation.to_objects(untrained, IMAGES, others, folder)
+    assert torch.equal(predicted(again), predicted(model)) and again.digest == model.digest != untrained.digest
+
+
+@pytest.mark.parametrize("change", ["images", "steps"])
+def test_of_other_images_or_settings_it_is_another_model(untrained, of_objects, tmp_path, change):
+    images = IMAGES.flip(0)[:2] if change == "images" else IMAGES
+    asked = ASKED.model_copy(update={"steps": 2}) if change == "steps" else ASKED
+    other = adaptation.to_objects(untrained, images, asked, tmp_path)
+    assert other.digest != of_objects[0].digest and not torch.equal(predicted(other), predicted(of_objects[0]))
+
+
+def test_the_part_of_a_normal_image_is_grey(untrained, tmp_path, monkeypatch):
+    """Of the rows told by the part's prompt, and of half of those told by none."""
+    seen = []
+
+    def kept(unet, loss, n_items, settings, *, seed, folder):
+        del unet, settings, seed, folder
+        with monkeypatch.context() as inside:
+            inside.setattr(adaptation.diffusion, "noised", lambda x, *a: seen.append(x) or (x, torch.zeros(len(x)), x))
+            loss(torch.arange(300) % n_items, torch.Generator().manual_seed(0))
+        return []
+
+    monkeypatch.setattr(adaptation, "fit", kept)
+    adaptation.to_objects(untrained, IMAGES[:1], ASKED.model_copy(update={"flips": False}), tmp_path)
+    grey = untrained.encode(torch.zeros(1, 3, 64, 64))
+    share = sum(torch.equal(row, grey[0]) for row in seen[0]) / len(seen[0])
+    assert abs(share - sum(share for _, picture, share in adaptation.TOLD if picture == "part")) < 0.07
+    real = untrained.encode(IMAGES[:1])
+    assert all(torch.equal(row, grey[0]) or torch.equal(row, real[0]) for row in seen[0])
+
+
+def test_a_side_that_the_base_cannot_read_is_refused_before_training(untrained, tmp_path):
+    with pytest.raises(ValueError, match="image_size 60 must be a multiple"):
+        adaptation.to_objects(untrained, torch.zeros(2, 3, 60, 60), ASKED, tmp_path)

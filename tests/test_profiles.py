@@ -66,6 +66,13 @@ def test_longer_is_demo_with_three_times_the_steps_for_what_draws_whole_images()
         assert ours == demo["methods"][name] | ({"steps": times * demo["methods"][name]["steps"]} if times > 1 else {})
 
 
+def test_adapt_names_methods_of_the_profile():
+    values = profiles.load("smoke").model_dump()
+    values["adapt"]["methods"] = ["dualanodiff", "dualanodif"]
+    with pytest.raises(ValidationError, match="adapt.methods names 'dualanodif', which is no method of the profile"):
+        profiles.Profile(**values)
+
+
 @pytest.mark.parametrize("rule", [{}, {"of": "first"}, {"most": 2, "others": 3}])
 def test_a_rule_for_shots_changes_something(rule):
     with pytest.raises(ValidationError, match="all at once|asks for of"):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from defectlib import images, params, paths, profiles, stages, study
+from defectlib import adaptation, backbone, images, params, paths, profiles, stages, study
 from defectlib.masks import trimap
 
 
@@ -54,6 +54,32 @@ def test_a_variant_learns_from_fewer_shots(tiny_parameters):
     assert [len(s.load(name, 0).shots) for name in few] == [len(one), len(unequal), len(capped)], "and no others"
 
 
+def test_what_draws_whole_images_starts_from_a_base_adapted_to_the_normals(tiny_parameters, monkeypatch):
+    s = study.open_category(tiny_parameters)
+    plain, adapted = s.backbone("defectsynth", 0), s.backbone("dualanodiff", 0)
+    assert plain.digest == backbone.digest("tiny") != adapted.digest
+    monkeypatch.setattr(adaptation, "fit", lambda *a, **k: pytest.fail("it was trained again"))
+    assert s.backbone("symmetry_aware", 1).digest == adapted.digest, "one for all methods and seeds on these normals"
+    assert s.backbone("dualanodiff_no_interaction", 0).digest == adapted.digest
+    monkeypatch.undo()
+    every = s.backbone("symmetry_aware_all_categories", 0)
+    assert every.digest != adapted.digest, "one fit of all categories, one base of all their normals"
+    other = study.open_category(tiny_parameters.model_copy(update={"category": "gear"}))
+    assert other.category != s.category
+    assert other.backbone("symmetry_aware_all_categories", 0).digest == every.digest
+    assert other.backbone("symmetry_aware", 0).digest != adapted.digest
+
+
+def test_another_adaptation_is_another_fit(tiny_parameters, monkeypatch):
+    s = study.open_category(tiny_parameters)
+    first, crop = stages.fit(s, "dualanodiff", 0), stages.fit(s, "crop_paste", 0)
+    settings = s.settings.model_copy(update={"adapt": None})
+    s = dataclasses.replace(s, settings=settings)
+    assert stages.fit(s, "dualanodiff", 0)["key"] != first["key"]
+    assert stages.fit(s, "crop_paste", 0)["key"] == crop["key"]
+    assert s.load("dualanodiff", 0).backbone.digest == backbone.digest("tiny")
+
+
 def test_a_variant_learns_the_last_defect_later(tiny_parameters, tmp_path, monkeypatch):
     late = {"symmetry_aware_later": profiles.Variant(of="symmetry_aware", shots=profiles.ShotRule(last_later=True))}
     order = study.open_category(tiny_parameters).defects[::-1]  # as asked for, whatever the order of the files
@@ -67,7 +93,7 @@ def test_a_variant_learns_the_last_defect_later(tiny_parameters, tmp_path, monke
     assert tuple(both.areas) == s.defects
     alone = study.open_category(asked.model_copy(update={"defects": [s.defects[0]]}))
     assert alone.variants == (), "there is no other defect to learn before it"
-    before = alone.method_of("symmetry_aware")(alone.config("symmetry_aware"), alone.backbone("symmetry_aware"))
+    before = alone.method_of("symmetry_aware")(alone.config("symmetry_aware"), alone.backbone("symmetry_aware", 0))
     before.fit(alone.shots(0), alone.normals(0), prompts=alone.prompts(), seed=0, workdir=tmp_path / "before")
     first, then = (method.states["all"] for method in (before, both))
     assert all(torch.equal(value, then[name][: len(value)]) for name, value in first.items()), "it is left as it was"

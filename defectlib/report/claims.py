@@ -71,10 +71,10 @@ def judge(results: pd.DataFrame) -> pd.DataFrame:
             "classifier's on the images of defects alone, where accuracy is the share of one defect's images that is "
             "named rightly. The defects of a category share one downstream model, so their pairs say less than as many "
             "categories would. Each "
-            f"comparison stands at that level by itself, and there are {len(table)}. Seeds share shots and test "
-            "images, so an interval is about training and drawing. Published numbers are the papers' own, with their "
-            "extractors and data; on mini with the small base model a verdict is about this machinery at this scale, "
-            "and says nothing about the paper's setting."
+            f"comparison stands at that level by itself, and there are {len(table)}. Seeds share shots, test "
+            "images and what base models were adapted to a category, so an interval is about training and drawing. "
+            "Published numbers are the papers' own, with their extractors and data; on mini with the small base model "
+            "a verdict is about this machinery at this scale, and says nothing about the paper's setting."
         ),
     }  # fmt: skip
     return table
