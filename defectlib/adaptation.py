@@ -16,25 +16,28 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import safetensors.torch
 import torch
 from diffusers import UNet2DConditionModel
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError
 from torch import Tensor
 
 from defectlib import diffusion, paths
 from defectlib.backbone import Backbone
+from defectlib.branches.dual import PROMPTS
 from defectlib.branches.routing import PROJECTIONS
 from defectlib.images import TURNS
 from defectlib.profiles import AdaptSettings
 from defectlib.training import Curve, FitSettings, State, digest, fit, once
 
 ADAPTER = "adapter.safetensors"
+OBJECT = PROMPTS[0].removesuffix(f" with {PROMPTS[1]}")
 # Prompt, whether it is told of the image or of its anomaly part, which is grey all over, and its share of the training.
 # Guidance leads away from what no prompt draws: were that images alone, the ground of parts would not stay grey.
-TOLD = (("a vfx", "image", 0.6), ("sks", "part", 0.2), ("", "image", 0.1), ("", "part", 0.1))
+TOLD = ((OBJECT, "image", 0.6), (PROMPTS[1], "part", 0.2), ("", "image", 0.1), ("", "part", 0.1))
 
 
 def _with_lora(unet: UNet2DConditionModel, rank: int, seed: int) -> UNet2DConditionModel:
@@ -147,6 +150,14 @@ def read(folder: Path, base: Backbone, config: Adapting) -> tuple[Backbone, Stat
     return restore(base, adapter), adapter
 
 
+def recipe(asked: AdaptSettings) -> dict[str, Any]:
+    """All that :func:`to_objects` does with these settings, as JSON values: fits that start from it depend on it."""
+    settings = FitSettings(
+        steps=asked.steps, batch_size=asked.batch_size, learning_rate=asked.learning_rate, schedule="cosine"
+    )
+    return {"fit": settings.model_dump(), "flips": asked.flips, "told": TOLD}
+
+
 def to_objects(base: Backbone, images: Tensor, asked: AdaptSettings, folder: Path) -> Backbone:
     """A base model all of whose UNet was trained on with normal images, by its own loss and the prompts of ``TOLD``.
 
@@ -159,14 +170,15 @@ def to_objects(base: Backbone, images: Tensor, asked: AdaptSettings, folder: Pat
         folder: Where it is kept, and where a killed training goes on.
 
     Returns:
-        The model; its ``digest`` tells it from the base and from one of other images or settings.
+        The model; its ``digest`` is of its weights.
+
+    Raises:
+        ValueError: The base cannot read images of this size, or the file that was kept is cut off.
     """
     base.latent_shape(images.shape[-1])
-    depends = [base.digest, digest([images]), asked.model_dump(exclude={"methods"}), TOLD]
-    key = hashlib.sha256(json.dumps(depends).encode()).hexdigest()
-    settings = FitSettings(
-        steps=asked.steps, batch_size=asked.batch_size, learning_rate=asked.learning_rate, schedule="cosine"
-    )
+    depends = [base.digest, digest([images]), recipe(asked)]
+    name = hashlib.sha256(json.dumps(depends).encode()).hexdigest()[:12]
+    file = folder / f"{name}.safetensors"
 
     def train() -> tuple[State, Curve]:
         unet = copy.deepcopy(base.unet).requires_grad_(True)
@@ -182,11 +194,15 @@ def to_objects(base: Backbone, images: Tensor, asked: AdaptSettings, folder: Pat
             noisy, timesteps, target = diffusion.noised(clean, base.scheduler, generator)
             return (unet(noisy, timesteps, text[told]).sample.float() - target).square().mean()
 
-        curve = fit(unet, loss, len(latents), settings, seed=0, folder=folder / key[:12])
+        curve = fit(unet, loss, len(latents), FitSettings(**recipe(asked)["fit"]), seed=0, folder=folder / name)
         return {name: value.detach().cpu().contiguous() for name, value in unet.state_dict().items()}, curve
 
-    with paths.locked(folder / f".{key[:12]}.lock"):  # jobs of several methods ask for one
-        state, _ = once(folder / f"{key[:12]}.safetensors", depends, train)
+    with paths.locked(folder / f".{name}.lock"):  # jobs of several methods ask for one
+        try:
+            state, _ = once(file, depends, train)
+        except SafetensorError as error:
+            raise ValueError(f"the adapted base model {file} cannot be read: delete it to adapt anew") from error
     unet = copy.deepcopy(base.unet)
     unet.load_state_dict(state)
-    return replace(base, unet=unet, digest=key)
+    weights = digest(state[key] for key in sorted(state))
+    return replace(base, unet=unet, digest=hashlib.sha256(f"{base.digest}{weights}".encode()).hexdigest())

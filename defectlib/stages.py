@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from defectlib import backbone, judges, runs, sampling
+from defectlib import adaptation, backbone, judges, runs, sampling
 from defectlib.images import TURNS
 from defectlib.masks.interpolation import NoMask, mask_iou
 from defectlib.metrics import bootstrap, features, nearest, neighbours, regions
@@ -44,7 +44,7 @@ def fit(s: Study, method: str, seed: int) -> dict[str, Any]:
     config, kind = s.config(method), s.method_of(method)
     values = {"method": kind.name, "config": config.fit_values(), "seed": seed}
     if asked := s.adapts(method):
-        values["adapt"] = asked.model_dump(exclude={"methods"})
+        values["adapt"] = adaptation.recipe(asked)
     if rule := s.shot_rule(method):
         values["shots"] = rule.model_dump(exclude_defaults=True)
     if kind.needs_backbone:

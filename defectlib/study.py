@@ -214,8 +214,8 @@ class Study:
 
     def adapts(self, name: str) -> AdaptSettings | None:
         """How the base model of a method or a variant is adapted to the category first, or None."""
-        asked = self.settings.adapt
-        return asked if asked and self.method_of(name).name in asked.methods else None
+        asked, kind = self.settings.adapt, self.method_of(name)
+        return asked if asked and kind.needs_backbone and kind.name in asked.methods else None
 
     def backbone(self, name: str, seed: int) -> Backbone | None:
         """The base model that a method or a variant learns and draws with, where it does with one.
@@ -230,7 +230,7 @@ class Study:
             return base_model
         covered = self.fitted_with(name)
         images = torch.stack([image for one in covered for image in one.normals(seed)])
-        folder = covered[0].folder(name, seed).path.parents[1] / ADAPTED
+        folder = covered[0].parameters.dataset_folder() / covered[0].category / ADAPTED
         return adaptation.to_objects(base_model, images, asked, folder)
 
     def mask_source_name(self, name: str) -> str:

@@ -388,7 +388,8 @@ figure
 # Background compensation (**BCM**) makes keys and values of the image branch's self-attention of
 # $\varphi(z) + \gamma\,\mathrm{MLP}(\varphi(z_b))$, where $z_b$ is the image without its object, seen by the frozen base model
 # at the same noise level; notebook 8 shows it, on a category of objects (`make reproduce` draws `dualanodiff_fig_4_gear`). One model is trained for every defect, to predict in both
-# branches what the base predicts: noise, or velocity in the case of `tiny`.
+# branches what the base predicts: noise, or velocity in the case of `tiny`; that base is adapted to the category's normal images
+# first where the profile says so (notebook 5).
 
 # %%
 record = stages.fit(s, "dualanodiff", seed)
@@ -399,7 +400,7 @@ print(
 )
 print(
     ", ".join(f"{part} {n:,}" for part, n in counts.items())
-    + f"; the frozen UNet {sum(w.numel() for w in model.unet.parameters()):,}"
+    + f"; the frozen UNet {sum(w.numel() for w in pair.backbone.unet.parameters()):,}"
 )
 
 # %% [markdown]
@@ -482,12 +483,13 @@ else:
 # values and so disturbs the frozen model from its first step (`as_released()`).
 
 # %%
-start = diffusion.noise_like([0, 1], model.latent_shape(s.size)).to(model.device)
-text, t = model.embed(list(PROMPTS)), torch.tensor(500)
+own = pair.backbone
+start = diffusion.noise_like([0, 1], own.latent_shape(s.size)).to(own.device)
+text, t = own.embed(list(PROMPTS)), torch.tensor(500)
 with torch.no_grad():
-    plain = model.unet(start, t, text).sample
+    plain = own.unet(start, t, text).sample
     for released in (False, True):
-        untrained = BranchUNet(model.unet, pair.config.rank, 0, released=released)
+        untrained = BranchUNet(own.unet, pair.config.rank, 0, released=released)
         apart = (untrained(start, t, text) - plain).norm() / plain.norm()
         print(
             f"{'as released' if released else 'here'}: untrained branches depart from the base model by {apart:.2f} of its norm"

@@ -51,6 +51,7 @@ from IPython.display import display
 from safetensors.torch import load_file
 
 from defectlib import backbone, diffusion, params, sampling, stages, study
+from defectlib.adaptation import OBJECT
 from defectlib.masks import trimap
 from defectlib.report import figures, layout, tables
 
@@ -106,27 +107,6 @@ config = pd.DataFrame(rows, columns=["method", "read while", "field", "value", "
 config.sort_values(["method", "read while"], ascending=[True, False], kind="stable").set_index(["method", "read while"])
 
 # %% [markdown]
-# ## The base model, adapted first
-#
-# DualAnoDiff and the symmetry-aware system draw whole images, and their papers start from Stable Diffusion, which has seen most
-# objects. `tiny` has seen none of these, so where the profile says so (`adapt`) all of its UNet is first trained on the category's
-# normal images, as "a vfx", and on the grey part of an image without a defect, as "sks". The papers do not do that. It is done
-# once, and serves all variants and seeds. Samples of both from the same noise:
-
-# %%
-adapting, rows = [method for method in s.methods if s.adapts(method)], [normals[:8]]
-for base in [backbone.load(s.settings.backbone), s.backbone(adapting[0], s.seeds[0])] if adapting else []:
-    start = diffusion.noise_like(range(len(rows[0])), base.latent_shape(s.size)).to(base.device)
-    drawn = diffusion.denoise(diffusion.prompted(base, ["a vfx"]), start, base.scheduler, 20)
-    rows.append(list(base.decode(drawn)))
-if adapting:
-    figure = figures.sheet(rows, row_labels=["normal", "as it ships", "adapted"])
-    figures.save(figure, folder, f"adapted_base_{s.category}")
-    display(figure)
-else:
-    print(f"{', '.join(s.methods)}: the base model is taken as it is.")
-
-# %% [markdown]
 # ## Fitting
 #
 # DualAnoDiff and the symmetry-aware system read masks off the drawn parts, by their departure from grey. A shot whose mask covers
@@ -143,9 +123,32 @@ for (method, seed), record in records.items():
             print(f"{layout.method_title(method)}, seed {seed}: {row['value']:.0f} shots of {row['defect']} left out")
 
 # %% [markdown]
+# ## The base model, adapted first
+#
+# DualAnoDiff and the symmetry-aware system draw whole images, and their papers start from Stable Diffusion, which has seen most
+# objects. `tiny` has seen none of these, so where the profile says so (`adapt`) all of its UNet is first trained on the category's
+# normal images, as "a vfx", and on the grey part of an image without a defect, as "sks". The papers do not do that. The first fit that
+# asks for it makes it, for all that start from it, and its time is in no fit's seconds. Samples of both from the same noise:
+
+# %%
+adapting = [method for method in s.methods if s.adapts(method)]
+if adapting:
+    rows = [normals[:8]]
+    for base in (backbone.load(s.settings.backbone), s.backbone(adapting[0], s.seeds[0])):
+        start = diffusion.noise_like(range(len(rows[0])), base.latent_shape(s.size)).to(base.device)
+        drawn = diffusion.denoise(diffusion.prompted(base, [OBJECT]), start, base.scheduler, 20)
+        rows.append(list(base.decode(drawn)))
+    figure = figures.sheet(rows, row_labels=["normal", "as it ships", "adapted"])
+    figures.save(figure, folder, f"adapted_base_{s.category}")
+    display(figure)
+else:
+    print(f"{', '.join(s.methods)}: the base model is taken as it is.")
+
+# %% [markdown]
 # ## What is trained, and what stays as it is
 #
-# Parameters of the parts. What is trained is counted in the files of the fit, what is frozen in the base model. A ControlNet
+# Parameters of the parts. What is trained is counted in the files of the fit, what a fit leaves as it is in the base model, whose
+# UNet may have been adapted before. A ControlNet
 # starts as a copy of the UNet's first half, with layers of zeros where it joins the UNet, so that training starts from the
 # base model's own predictions. DualAnoDiff and AdaBLDM have a model for every defect, and DualAnoDiff's trained layers start
 # without effect too.
@@ -161,7 +164,11 @@ for method in s.methods:
         count = sum(tensor.numel() for tensor in load_file(file).values())
         rows.append([title, " ".join(file.relative_to(model).parts[:-1]) or file.stem, count, "trained"])
     frozen = {"unet": base.unet, "vae": base.vae, "text_encoder": base.text_encoder} if base else {}
-    rows += [[title, part, sum(w.numel() for w in net.parameters()), "frozen"] for part, net in frozen.items()]
+    states = {"unet": "adapted before"} if s.adapts(method) else {}
+    rows += [
+        [title, part, sum(w.numel() for w in net.parameters()), states.get(part, "frozen")]
+        for part, net in frozen.items()
+    ]
 parts = pd.DataFrame(rows, columns=["method", "part", "parameters", "state"])
 parts.style.format({"parameters": "{:,}"}).hide().set_uuid("parts")
 
@@ -225,7 +232,7 @@ adaptation.round(2) if placed else "AdaBLDM was not asked for."
 # ## What it costs
 #
 # *Items* are the shots, with `flips` also their mirror images and half turns, with `crops` also windows of them, and for AdaBLDM its composites; *passes* is how often each was seen.
-# *Seconds* are the fit's own; the peak memory is this process's, or the GPU's where there is one.
+# *Seconds* are the fit's own, without those of adapting its base model; the peak memory is this process's, or the GPU's where there is one.
 
 # %%
 rows = []

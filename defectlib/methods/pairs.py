@@ -2,7 +2,8 @@
 
 A model is trained for each group of defects: one a defect (DualAnoDiff), or one for all (the symmetry-aware system).
 The normal image of a request is not drawn on: with background compensation it lends its background, without it is
-not looked at.
+not looked at. A base model that does not know the objects may learn the category's normal images first (``adapt`` in a
+profile, see ``adaptation.to_objects``); the papers do not do that.
 """
 
 from __future__ import annotations

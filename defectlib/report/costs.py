@@ -13,12 +13,11 @@ from defectlib.runs import STAGES
 NAME = "costs"
 COLUMNS = ["of", "name", "stage", "runs", "minutes", "minutes_in_all", "peak_gb", "device"]
 NOTE = (
-    "Minutes are means over runs: of a method one category and seed with all its defects, of a notebook one "
-    "execution. A stage that a variant shares with its method is counted once, there; one that is the first to ask "
-    "for another (a learning curve for the shots' own scores, quality for their localiser, a fit for the base model "
-    "adapted to its category) bears its time. Peak "
-    "memory is a GPU's where there is one, else what the process held at most until then. A notebook that found its "
-    "stages done took only the time to read them."
+    "Minutes are means over runs: of a method one category and seed with all its defects, of a notebook one execution. "
+    "A stage that a variant shares with its method is counted once, there; one that is the first to ask for another (a "
+    "learning curve for the shots' own scores, quality for their localiser, a fit for the base model adapted to its "
+    "category) bears its time. Peak memory is a GPU's where there is one, else what the process held at most until "
+    "then. A notebook that found its stages done took only the time to read them."
 )
 
 

@@ -80,7 +80,8 @@ class Spec:
 _QUALITY_NOTE = (
     "KID is times 1,000 and unbiased, so it can be negative; a defect's number is a mean over its real images, a "
     "category's a mean over its defects, the sd is over seeds. The paper does not name LPIPS' network, so its LPIPS "
-    "has no counterpart of ours."
+    "has no counterpart of ours. In demo DualAnoDiff and the symmetry-aware system start from a base model adapted to "
+    "the category's normal images, the others do not."
 )
 ORACLE_NOTE = (
     "Best on test: the same trainings, each tested at the one of a few checkpoints that scores best on the test set "
@@ -120,7 +121,8 @@ SPECS = {
         note=(
             "Published: one defect (wood, hole), 256 px, 50 epochs, batch 1, 500 pairs, RTX 4090. The profile table_4 "
             "is this protocol; any other is a reduced form: its own fit and draw, on the machine named with each run, "
-            "in seconds of the processor where one thread computes."
+            "in seconds of the processor where one thread computes. A base model that is adapted to a category first, "
+            "once for all that start from it, is not counted."
         ),
         profile="table_4",
     ),
