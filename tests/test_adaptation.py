@@ -84,31 +84,65 @@ def test_who_asks_again_is_given_the_same_model(untrained, of_objects, monkeypat
 
 
 @pytest.mark.parametrize("change", ["images", "steps"])
-def test_of_other_images_or_settings_it_is_another_model(untrained, of_objects, tmp_path, change):
+def test_of_other_images_or_settings_it_is_another_model(untrained, of_objects, change):
+    model, folder = of_objects
     images = IMAGES.flip(0)[:2] if change == "images" else IMAGES
     asked = ASKED.model_copy(update={"steps": 2}) if change == "steps" else ASKED
-    other = adaptation.to_objects(untrained, images, asked, tmp_path)
-    assert other.digest != of_objects[0].digest and not torch.equal(predicted(other), predicted(of_objects[0]))
+    other = adaptation.to_objects(untrained, images, asked, folder)
+    assert other.digest != model.digest and not torch.equal(predicted(other), predicted(model))
+
+
+def test_a_killed_training_ends_as_an_undisturbed_one(untrained, of_objects, tmp_path, monkeypatch):
+    noised, steps = adaptation.diffusion.noised, []
+
+    def dies(*arguments):
+        if len(steps) == 2:
+            raise KeyboardInterrupt
+        steps.append(1)
+        return noised(*arguments)
+
+    with monkeypatch.context() as disturbed:
+        disturbed.setattr(adaptation.diffusion, "noised", dies)
+        with pytest.raises(KeyboardInterrupt):
+            adaptation.to_objects(untrained, IMAGES, ASKED, tmp_path)
+    with monkeypatch.context() as counted:
+        counted.setattr(adaptation.diffusion, "noised", lambda *a: steps.append(1) or noised(*a))
+        model = adaptation.to_objects(untrained, IMAGES, ASKED, tmp_path)
+    assert len(steps) == ASKED.steps, "no step is repeated"
+    assert model.digest == of_objects[0].digest and torch.equal(predicted(model), predicted(of_objects[0]))
+    assert [file.suffix for file in tmp_path.glob("[!.]*")] == [".safetensors"], "no checkpoint is left"
+
+
+def test_a_file_that_is_cut_off_is_named(untrained, of_objects, tmp_path):
+    for file in of_objects[1].glob("*.safetensors"):
+        (tmp_path / file.name).write_bytes(file.read_bytes()[:100])
+    with pytest.raises(ValueError, match="adapted base model .*safetensors cannot be read: delete it to adapt anew"):
+        adaptation.to_objects(untrained, IMAGES, ASKED, tmp_path)
 
 
 def test_the_part_of_a_normal_image_is_grey(untrained, tmp_path, monkeypatch):
-    """Of the rows told by the part's prompt, and of half of those told by none."""
+    """All rows told by the part's prompt are, none told by the object's, and half of those told by nothing."""
     seen = []
 
-    def kept(unet, loss, n_items, settings, *, seed, folder):
-        del unet, settings, seed, folder
-        with monkeypatch.context() as inside:
-            inside.setattr(adaptation.diffusion, "noised", lambda x, *a: seen.append(x) or (x, torch.zeros(len(x)), x))
-            loss(torch.arange(300) % n_items, torch.Generator().manual_seed(0))
+    def one_step(unet, loss, n_items, settings, *, seed, folder):
+        del settings, seed, folder
+        unet.register_forward_pre_hook(lambda _, given: seen.extend(zip(given[0], given[2], strict=True)))
+        loss(torch.arange(200) % n_items, torch.Generator().manual_seed(0))
         return []
 
-    monkeypatch.setattr(adaptation, "fit", kept)
-    adaptation.to_objects(untrained, IMAGES[:1], ASKED.model_copy(update={"flips": False}), tmp_path)
-    grey = untrained.encode(torch.zeros(1, 3, 64, 64))
-    share = sum(torch.equal(row, grey[0]) for row in seen[0]) / len(seen[0])
-    assert abs(share - sum(share for _, picture, share in adaptation.TOLD if picture == "part")) < 0.07
-    real = untrained.encode(IMAGES[:1])
-    assert all(torch.equal(row, grey[0]) or torch.equal(row, real[0]) for row in seen[0])
+    monkeypatch.setattr(adaptation, "fit", one_step)
+    monkeypatch.setattr(adaptation.diffusion, "noised", lambda x, *a: (x, torch.zeros(len(x)), x))
+    with torch.no_grad():
+        adaptation.to_objects(untrained, IMAGES[:1], ASKED.model_copy(update={"flips": False}), tmp_path)
+    grey, real = untrained.encode(torch.zeros(1, 3, 64, 64))[0], untrained.encode(IMAGES[:1])[0]
+    told = dict(zip(("a vfx", "sks", ""), untrained.embed(["a vfx", "sks", ""]), strict=True))
+    share = {}
+    for prompt, text in told.items():
+        own = [row for row, with_text in seen if torch.equal(with_text, text)]
+        share[prompt] = len(own) / len(seen), sum(torch.equal(row, grey) for row in own) / len(own)
+        assert all(torch.equal(row, grey) or torch.equal(row, real) for row in own)
+    assert (share["a vfx"][1], share["sks"][1]) == (0, 1) and abs(share[""][1] - 0.5) < 0.2
+    assert abs(share["a vfx"][0] - 0.6) < 0.1 and abs(share["sks"][0] - 0.2) < 0.1
 
 
 def test_a_side_that_the_base_cannot_read_is_refused_before_training(untrained, tmp_path):

@@ -112,7 +112,7 @@ def test_the_profiles_of_one_model_for_all_differ_from_demo_in_their_methods_alo
         "downstream": demo.downstream.model_copy(update={"curve": ours.downstream.curve, "variants": "all"}),
     }
     demo = demo.model_copy(update=same)
-    for part in ("backbone", "data", "sample", "quality", "downstream"):
+    for part in ("backbone", "adapt", "data", "sample", "quality", "downstream"):
         assert getattr(ours, part) == getattr(demo, part), part
     for name in set(ours.methods) - {"symmetry_aware"}:
         assert ours.methods[name] == demo.methods[name]

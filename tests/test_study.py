@@ -70,7 +70,7 @@ def test_what_draws_whole_images_starts_from_a_base_adapted_to_the_normals(tiny_
     assert other.backbone("symmetry_aware", 0).digest != adapted.digest
 
 
-def test_another_adaptation_is_another_fit(tiny_parameters, monkeypatch):
+def test_another_adaptation_is_another_fit(tiny_parameters):
     s = study.open_category(tiny_parameters)
     first, crop = stages.fit(s, "dualanodiff", 0), stages.fit(s, "crop_paste", 0)
     settings = s.settings.model_copy(update={"adapt": None})

@@ -98,6 +98,13 @@ def test_the_page_shows_nothing_of_methods_that_were_not_asked_for():
     shown = {stem.removesuffix("_brick") for stem in page_parts.captions(["brick"], ["dualanodiff"])}
     assert {"dualanodiff_fig_4", "dualanodiff_fig_3_attention", "adabldm_composites", "overview"} < shown
     assert not shown & {"dualanodiff_pairs", "defectsynth_fusion", "adabldm_decoder", "symmetry_aware_gates"}
+    shown_for = {
+        name: page_parts.captions(["brick"], [name]) for name in ("dualanodiff", "symmetry_aware", "crop_paste")
+    }
+    assert [name for name, shown in shown_for.items() if "adapted_base_brick" in shown] == [
+        "dualanodiff",
+        "symmetry_aware",
+    ]
 
 
 def test_figures_in_git_are_those_the_report_copies():
