@@ -50,8 +50,7 @@ import pandas as pd
 from IPython.display import display
 from safetensors.torch import load_file
 
-from defectlib import backbone, diffusion, params, sampling, stages, study
-from defectlib.adaptation import OBJECT
+from defectlib import adaptation, backbone, diffusion, params, sampling, stages, study
 from defectlib.masks import trimap
 from defectlib.report import figures, layout, tables
 
@@ -136,7 +135,7 @@ if adapting:
     rows = [normals[:8]]
     for base in (backbone.load(s.settings.backbone), s.backbone(adapting[0], s.seeds[0])):
         start = diffusion.noise_like(range(len(rows[0])), base.latent_shape(s.size)).to(base.device)
-        drawn = diffusion.denoise(diffusion.prompted(base, [OBJECT]), start, base.scheduler, 20)
+        drawn = diffusion.denoise(diffusion.prompted(base, [adaptation.OBJECT]), start, base.scheduler, 20)
         rows.append(list(base.decode(drawn)))
     figure = figures.sheet(rows, row_labels=["normal", "as it ships", "adapted"])
     figures.save(figure, folder, f"adapted_base_{s.category}")
@@ -219,14 +218,14 @@ for r in placed:
     numbers.append([r.defect, *[e[:, ~r.mask[0]].mean().item() for e in errors], moved.item()])
 titles = ["normal", "as decoded", "adapted", "error, as decoded", "error, adapted"]
 columns = ["defect", "outside, as decoded", "outside, adapted", "inside, moved by"]
-adaptation = pd.DataFrame(numbers, columns=columns).set_index("defect")
+decoder = pd.DataFrame(numbers, columns=columns).set_index("defect")
 if placed:
     figure = figures.sheet(rows, row_labels=[r.defect for r in placed], column_labels=titles, scale=128 / s.size)
-    figures.save(figure, folder, f"adabldm_decoder_{s.category}", adaptation.reset_index())
+    figures.save(figure, folder, f"adabldm_decoder_{s.category}", decoder.reset_index())
     display(figure)
 
 # %%
-adaptation.round(2) if placed else "AdaBLDM was not asked for."
+decoder.round(2) if placed else "AdaBLDM was not asked for."
 
 # %% [markdown]
 # ## What it costs
@@ -273,7 +272,7 @@ for fit, own in smooth.groupby("fit", sort=False):
     print(
         f"{fit}: loss {own['loss'].iloc[0]:.3f} at step {own['step'].iloc[0]}, {own['loss'].iloc[-1]:.3f} at the end."
     )
-for defect, own in adaptation.iterrows():
+for defect, own in decoder.iterrows():
     print(
         f"AdaBLDM, {defect}: adapting the decoder brings the error outside from {own.iloc[0]:.2f} to {own.iloc[1]:.2f} grey levels."
     )
