@@ -3,7 +3,7 @@
 ``runs/<profile>/<dataset>/<category>/<method>/s<seed>/`` holds what one run made and one ``<stage>.json`` a stage. A
 stage file is written last, by atomic rename: it exists, so that stage is complete. Its ``key`` is a hash of the stage's
 parameters and of the stages it was made from; a stage whose key no longer matches is moved to ``superseded/``, never
-deleted, and made anew.
+deleted, and made anew. Beside the methods' folders ``adapted_base/`` keeps base models adapted to the category.
 """
 
 from __future__ import annotations
