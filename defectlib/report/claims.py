@@ -72,7 +72,8 @@ def judge(results: pd.DataFrame) -> pd.DataFrame:
             "named rightly. The defects of a category share one downstream model, so their pairs say less than as many "
             "categories would. Each "
             f"comparison stands at that level by itself, and there are {len(table)}. Seeds share shots, test "
-            "images and what base models were adapted to a category, so an interval is about training and drawing. "
+            "images and what base models were adapted to a category (in demo those of DualAnoDiff and the "
+            "symmetry-aware system, not the others'), so an interval is about training and drawing. "
             "Published numbers are the papers' own, with their extractors and data; on mini with the small base model "
             "a verdict is about this machinery at this scale, and says nothing about the paper's setting."
         ),
