@@ -13,6 +13,7 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from math import ceil
+from typing import Any
 
 import numpy as np
 import torch
@@ -80,6 +81,14 @@ def n_steps(settings: TrainSettings, n: int) -> int:
     return settings.steps if settings.steps is not None else settings.epochs * ceil(n / settings.batch_size)
 
 
+def asked(settings: TrainSettings) -> dict[str, Any]:
+    """What a training depends on besides its data and its seed, for the keys of what is kept.
+
+    ``statistics`` tells it from those whose batch-norm statistics weighed a small last batch as much as a full one.
+    """
+    return settings.model_dump() | {"statistics": "of equal batches"}
+
+
 def batches(n: int, batch_size: int, steps: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
     """``steps`` index batches of exactly ``batch_size``, walking through shuffled passes over ``n`` images."""
     queue = np.empty(0, dtype=np.int64)
@@ -129,14 +138,13 @@ def _optimise(
 
 
 def batch_sizes(n: int, size: int = 16) -> list[int]:
-    """Sizes of the batches whose statistics are averaged, of which each weighs the same.
+    """Sizes, up to ``size``, of the batches whose statistics are averaged, of which each weighs the same.
 
-    So one of fewer than a quarter of ``size`` joins that before it: a single last image, weighing as much as 16, once
-    cost a localiser 17 points of pixel AP.
+    So they are as equal as can be: a single last image, weighing as much as 16, once cost a localiser 17 points of
+    pixel AP.
     """
-    whole, rest = divmod(n, size)
-    sizes = [size] * whole + [rest] * (rest > 0)
-    return [*sizes[:-2], size + rest] if whole and 0 < rest < size / 4 else sizes
+    parts = ceil(n / size)
+    return [n // parts + (i < n % parts) for i in range(parts)]
 
 
 def _settled(model: nn.Module, images: Tensor) -> nn.Module:

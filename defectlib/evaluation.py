@@ -70,7 +70,9 @@ def _source(s: Study, method: str, seed: int) -> str:
 
 def _asked(s: Study) -> dict[str, Any]:
     """The settings that a score depends on."""
-    return s.settings.downstream.model_dump(exclude={"curve", "variants"})
+    asked = s.settings.downstream
+    trained = {task: models.asked(getattr(asked, task)) for task in ("classifier", "localiser")}
+    return asked.model_dump(exclude={"curve", "variants"}) | trained
 
 
 def why_withheld(s: Study, items: Sequence[Item], held_out: list, rule: str) -> str | None:
@@ -297,7 +299,7 @@ def checkpoints(s: Study, method: str, seed: int) -> dict[str, Any]:
     """
     source, asked = _source(s, method, seed), s.settings.downstream
     values = {
-        "localiser": asked.localiser.model_dump(), "n_samples": asked.n_samples, "checkpoints": asked.checkpoints,
+        "localiser": models.asked(asked.localiser), "n_samples": asked.n_samples, "checkpoints": asked.checkpoints,
         "defects": s.defects, "seed": seed,
     }  # fmt: skip
     folder, key = s.folder(method, seed), runs.stage_key(values, [source])

@@ -80,7 +80,7 @@ def kept_reader(s: Study, seed: int) -> tuple[Path, list]:
 
 def _kept(s: Study, seed: int, name: str, settings: TrainSettings) -> tuple[Path, list]:
     file = s.folder(SHOTS_ONLY, seed).path / f"{name}.safetensors"
-    return file, [settings.model_dump(), s.data_key(seed), seed]
+    return file, [models.asked(settings), s.data_key(seed), seed]
 
 
 def seen(s: Study, seed: int, images: Tensor, masks: Tensor) -> list[float]:

@@ -25,6 +25,11 @@ from defectlib.types import Sample, Shot
 METRICS = {"localisation": "pixel_ap", "classification": "accuracy"}
 
 
+def seeds(s: Study) -> tuple[int, ...]:
+    """Of which seeds the profile asks for curves."""
+    return s.seeds[:1] if s.settings.downstream.curve.seeds == "first" else s.seeds
+
+
 @runs.alone
 def curve(s: Study, method: str, seed: int) -> dict[str, Any]:
     """A run's points, the record of the stage ``learning_curve``; each is kept when it is made, as a sample is.
@@ -32,7 +37,7 @@ def curve(s: Study, method: str, seed: int) -> dict[str, Any]:
     Rows are named ``<metric>_by_samples`` and ``<metric>_by_shots``; ``n`` in their protocol counts a defect's items.
     """
     whole, asked = evaluation.downstream(s, method, seed), s.settings.downstream.curve
-    values = {"curve": asked.model_dump()}
+    values = {"curve": asked.model_dump(exclude={"seeds"})}
     folder, key = s.folder(method, seed), runs.stage_key(values, [whole["key"]])
     if (record := folder.complete("learning_curve", key)) is not None:
         return record

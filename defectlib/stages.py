@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from defectlib import adaptation, backbone, judges, runs, sampling
+from defectlib import adaptation, backbone, downstream, judges, runs, sampling
 from defectlib.images import TURNS
 from defectlib.masks.interpolation import NoMask, mask_iou
 from defectlib.metrics import bootstrap, features, nearest, neighbours, regions
@@ -160,7 +160,7 @@ def keep(s: Study, name: str, seed: int) -> dict[str, Any]:
     """
     asked, method = s.keep(name), s.settings.variants[name].of
     upstream, settings = sample(s, method, seed), s.settings
-    uses = settings.quality.extractor if asked.by == "nearest_shot" else settings.downstream.localiser.model_dump()
+    uses = settings.quality.extractor if asked.by == "nearest_shot" else downstream.asked(settings.downstream.localiser)
     values = {"keep": asked.model_dump(), "uses": uses, "prompts": s.prompts(), "order": s.all_defects}
     folder, key = s.folder(name, seed), runs.stage_key(values, [upstream["key"]])
     if (record := folder.complete("sample", key)) is not None:
@@ -219,13 +219,13 @@ def quality(s: Study, method: str, seed: int) -> dict[str, Any]:
     upstream = sample(s, method, seed)
     values = {
         "quality": s.settings.quality.model_dump(exclude={"class_seen"}),
-        "reader": s.settings.downstream.localiser.model_dump(),
+        "reader": downstream.asked(s.settings.downstream.localiser),
         # Runs from before intervals and neighbours were measured, or when empty masks were seen, are measured again.
         "draws": bootstrap.DRAWS, "neighbour": neighbours.K, "empty_masks_seen": 0,
     }  # fmt: skip
     asks_class = s.settings.quality.class_seen
     if asks_class:
-        values["sorter"] = s.settings.downstream.classifier.model_dump()
+        values["sorter"] = downstream.asked(s.settings.downstream.classifier)
     folder, key = s.folder(method, seed), runs.stage_key(values, [upstream["key"]])
     if (record := folder.complete("quality", key)) is not None:
         return record

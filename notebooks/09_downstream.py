@@ -208,7 +208,12 @@ averages.assign(difference=averages["test_oracle"] - averages["last"]).round(1) 
 # scores above. The localiser learns from samples in place of the shots, the classifier from both.
 
 # %%
-points = [(method, seed, m) for method in whole for seed in s.seeds for m in learning.curve(s, method, seed)["metrics"]]
+points = [
+    (method, seed, m)
+    for method in whole
+    for seed in learning.seeds(s)
+    for m in learning.curve(s, method, seed)["metrics"]
+]
 learned = pd.DataFrame(
     [(*m["metric"].rsplit("_by_", 1), m["protocol"]["n"], name, seed, m["value"]) for name, seed, m in points],
     columns=["metric", "axis", "n", "method", "seed", "value"],
@@ -221,7 +226,9 @@ figure
 
 # %%
 trained = {m["protocol"]["optimiser_steps"] for *_, m in points if "optimiser_steps" in m["protocol"]}
-print(f"percent, mean over {len(s.seeds)} seed(s); optimiser steps of a point: {', '.join(map(str, sorted(trained)))}")
+print(
+    f"percent, mean over {learned['seed'].nunique()} seed(s); optimiser steps of a point: {', '.join(map(str, sorted(trained)))}"
+)
 by_n = learned.groupby(["metric", "axis", "n", "method"], sort=True)["value"]
 averages, sds = by_n.mean().unstack(), by_n.std().unstack()
 order = [name for name in whole if name in averages]

@@ -30,11 +30,11 @@ def test_batches_are_full_and_even():
 
 
 def test_no_batch_of_a_few_images_weighs_as_much_as_a_full_one():
-    assert downstream.batch_sizes(81) == [16, 16, 16, 16, 17] and downstream.batch_sizes(84) == [16] * 5 + [4]
+    assert downstream.batch_sizes(81) == [14, 14, 14, 13, 13, 13] and downstream.batch_sizes(17) == [9, 8]
     assert downstream.batch_sizes(32) == [16, 16] and downstream.batch_sizes(3) == [3]
     for n in range(1, 70):
         sizes = downstream.batch_sizes(n)
-        assert sum(sizes) == n and (min(sizes) >= 4 or len(sizes) == 1)
+        assert sum(sizes) == n and max(sizes) <= 16 and max(sizes) - min(sizes) <= 1
 
 
 def test_the_settled_statistics_are_those_of_the_batches():
@@ -43,7 +43,7 @@ def test_the_settled_statistics_are_those_of_the_batches():
     images = torch.zeros(17, 1, 2, 2)
     images[5] = 17.0
     settled = downstream._settled(model, images)
-    assert settled[0].running_mean.item() == pytest.approx(1.0) and not settled.training
+    assert settled[0].running_mean.item() == pytest.approx(1.0, abs=0.07) and not settled.training  # of 9 and of 8
 
 
 def test_steps_from_epochs():
