@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from defectlib import downstream as models
 from defectlib import paths, sampling
-from defectlib.metrics import regions
+from defectlib.metrics import bootstrap, regions
 from defectlib.profiles import TrainSettings
 from defectlib.study import SHOTS_ONLY, Study
 from defectlib.training import Curve, State, once
@@ -115,7 +115,10 @@ def mask_seen(s: Study, seed: int, defect: str, held_out: list, images: Tensor, 
     if known is not None and known < SEEN_LEAST:
         why = f"on real, held-out defects what the localiser finds overlaps the mask with an IoU of {known:.2f} only"
         return {"value": None, "protocol": told | {"why_withheld": why}}
-    return {"value": float(np.mean(seen(s, seed, images, masks))), "protocol": told}
+    values = np.array(seen(s, seed, images, masks))
+    value, n = float(values.mean()), len(values)
+    bounds = bootstrap.interval(value, bootstrap.mean(values, bootstrap.counts(n, 0)))
+    return {"value": value, "protocol": told | bootstrap.of_samples(n, bounds)}
 
 
 def class_seen(s: Study, seed: int, defect: str, held_out: list, images: Tensor) -> dict[str, Any]:
@@ -141,7 +144,10 @@ def class_seen(s: Study, seed: int, defect: str, held_out: list, images: Tensor)
     if known is not None and known <= 1 / len(s.defects):
         why = f"the classifier knows {known:.0%} of the real, held-out ones, which is no better than chance"
         return {"value": None, "protocol": told | {"why_withheld": why}}
-    return {"value": taken.eq(label).float().mean().item(), "protocol": told}
+    rightly, n = taken.eq(label).double(), len(taken)
+    value = rightly.mean().item()
+    bounds = bootstrap.of_share(value, n, bootstrap.mean(rightly, bootstrap.counts(n, 0)))
+    return {"value": value, "protocol": told | bootstrap.of_samples(n, bounds)}
 
 
 def _taken_for(model: nn.Module, images: Tensor) -> Tensor:

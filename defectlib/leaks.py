@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from PIL import Image
+from torch import Tensor
 
 from defectlib import images, paths, sampling
 from defectlib.data import layouts
@@ -120,16 +121,20 @@ def _serves_all(folder: Path) -> bool:
 
 
 def _copies(folder: Path, shots: pd.DataFrame, root: Path) -> pd.DataFrame:
-    """Samples that are nearly a shot of their defect, as the run read it: whole, or the tile of it."""
+    """Samples that are nearly a shot of their defect, as the run read it: whole, or the tile of it, also mirrored."""
     drawn = sampling.load(folder)
     size = drawn[0].image.shape[-1]
-    real = [images.to_uint8(layouts.read_image(row, root, size)) for row in shots.itertuples()]
-    made = [images.to_uint8(item.image) for item in drawn]
-    alike = likeness(*(np.stack([structure(Image.fromarray(x)) for x in some]) for some in (real, made)))
+    real = [layouts.read_image(row, root, size) for row in shots.itertuples()]
+    made = _structures([item.image for item in drawn])
+    alike = np.max([likeness(_structures([x.flip(turn) for x in real]), made) for turn in images.TURNS], 0)
     same = shots["defect"].to_numpy(dtype=object)[:, None] == np.array([item.defect for item in drawn], object)
     names = [f"{row.image} {row.box}".strip() for row in shots.itertuples()]
     files = [str(sampling.image_file(folder, item.seed)) for item in drawn]
     return _ordered([[SAMPLE, names[i], files[j], float(alike[i, j])] for i, j in np.argwhere(same & (alike >= COPY))])
+
+
+def _structures(pictures: Sequence[Tensor]) -> np.ndarray:
+    return np.stack([structure(Image.fromarray(images.to_uint8(picture))) for picture in pictures])
 
 
 def spoils(table: pd.DataFrame) -> bool:

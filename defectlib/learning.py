@@ -26,8 +26,9 @@ METRICS = {"localisation": "pixel_ap", "classification": "accuracy"}
 
 
 def seeds(s: Study) -> tuple[int, ...]:
-    """Of which seeds the profile asks for curves."""
-    return s.seeds[:1] if s.settings.downstream.curve.seeds == "first" else s.seeds
+    """The study's seeds of which the profile asks for curves."""
+    asked = s.settings.downstream.curve.seeds
+    return s.seeds if asked is None else tuple(seed for seed in s.seeds if seed in asked)
 
 
 @runs.alone

@@ -115,13 +115,13 @@ class TrainSettings(Strict):
 class CurveSettings(Strict):
     """Points of the learning curve besides all samples and all shots, a defect each, and the tasks that are drawn.
 
-    ``seeds``: of every run, or of those of the first seed alone; a point is a whole training.
+    A point is a whole training: ``seeds`` are those of which curves are drawn; None: all.
     """
 
     samples: list[Annotated[int, Field(ge=1)]] = []
     shots: list[Annotated[int, Field(ge=1)]] = []
     tasks: list[Literal["classification", "localisation"]] = []
-    seeds: Literal["every", "first"] = "every"
+    seeds: list[int] | None = None
 
 
 class DownstreamSettings(Strict):

@@ -22,6 +22,7 @@ from defectlib.masks.interpolation import NoMask, mask_iou
 from defectlib.metrics import bootstrap, features, nearest, neighbours, regions
 from defectlib.metrics import quality as quality_metrics
 from defectlib.metrics.features import metric_name
+from defectlib.metrics.perceptual import PROTOCOLS
 from defectlib.study import Study
 from defectlib.types import Sample, Shot
 
@@ -211,7 +212,8 @@ def copied(mask: Tensor, real: Sequence[Tensor]) -> bool:
 def quality(s: Study, method: str, seed: int) -> dict[str, Any]:
     """The measures of ``metrics.quality`` of a run's samples, per defect; the record of the stage.
 
-    Real images are all those of the defect (shots and held-out), as in DefectSynth; IC-LPIPS clusters around the shots.
+    Real images are all those of the defect (shots and held-out), as in DefectSynth; IC-LPIPS clusters around those that
+    its protocol names.
     ``shot-distance`` says how far samples keep from the shots, see :func:`nearest.shot_distance`, and ``mask_seen``
     whether the masks lie on the defects, see :func:`judges.seen`; ``class_seen``, where the profile asks for
     it, is the share of a defect's samples that :func:`judges.sorter` takes for it.
@@ -220,8 +222,10 @@ def quality(s: Study, method: str, seed: int) -> dict[str, Any]:
     values = {
         "quality": s.settings.quality.model_dump(exclude={"class_seen"}),
         "reader": downstream.asked(s.settings.downstream.localiser),
-        # Runs from before intervals and neighbours were measured, or when empty masks were seen, are measured again.
-        "draws": bootstrap.DRAWS, "neighbour": neighbours.K, "empty_masks_seen": 0,
+        # Runs from before intervals and neighbours were measured, when empty masks were seen, or when IC-LPIPS took all
+        # shots for the first third, are measured again.
+        "draws": bootstrap.DRAWS, "neighbour": neighbours.K, "empty_masks_seen": 0, "judges": "with intervals",
+        "references": PROTOCOLS[s.settings.quality.ic_lpips].references,
     }  # fmt: skip
     asks_class = s.settings.quality.class_seen
     if asks_class:
@@ -230,9 +234,8 @@ def quality(s: Study, method: str, seed: int) -> dict[str, Any]:
     if (record := folder.complete("quality", key)) is not None:
         return record
     with runs.stage(folder, "quality", key, s.identity(method, seed), values, {"sample": upstream["key"]}) as metrics:
-        shots, learned, held_out = s.shots(seed), s.learned(method, seed), s.held_out(seed)
+        learned, held_out = s.learned(method, seed), s.held_out(seed)
         for defect in s.defects:
-            real = [shot for shot in shots if shot.defect == defect]
             drawn = sampling.load(folder.path, defect)
             if not drawn:
                 why = {"n_generated": 0, "why_withheld": "no mask could be drawn for this defect"}
@@ -242,7 +245,7 @@ def quality(s: Study, method: str, seed: int) -> dict[str, Any]:
                 metrics.extend({"metric": m, "value": None, "defect": defect, "protocol": why} for m in names)
                 continue
             pictures, masks = sampling.stack(drawn)
-            refs = [shot.image for shot in real]
+            refs = s.references(defect, seed)
             rows = quality_metrics.evaluate(list(pictures), s.real(defect, seed), refs, **s.quality_arguments())
             rows.append(_shot_distance(s, drawn, [shot for shot in learned if shot.defect == defect]))
             rows.append({"metric": judges.MASK_SEEN, **judges.mask_seen(s, seed, defect, held_out, pictures, masks)})
@@ -263,4 +266,7 @@ def _shot_distance(s: Study, drawn: list, real: list) -> dict[str, Any]:
         apart, between = nearest.shot_distance(drawn, real, features.load(name))
     except ValueError as error:  # shots that look the same
         return row | {"protocol": told | {"why_withheld": str(error)}}
-    return row | {"value": apart.median().item(), "protocol": told | {"between_shots": between}}
+    value = float(np.median(apart.numpy()))
+    told |= {"between_shots": between}
+    bounds = bootstrap.interval(value, bootstrap.median(apart))
+    return row | {"value": value, "protocol": told | bootstrap.of_samples(len(apart), bounds)}

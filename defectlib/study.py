@@ -27,12 +27,13 @@ from defectlib.masks.sources import MaskSource
 from defectlib.methods import base
 from defectlib.methods.base import Method, MethodConfig
 from defectlib.metrics import files
+from defectlib.metrics.perceptual import PROTOCOLS
 from defectlib.params import Parameters
 from defectlib.profiles import AdaptSettings, Keep, Profile, ShotRule
 from defectlib.runs import RunFolder
 from defectlib.types import Shot
 
-SHOTS_ONLY = "shots_only"
+SHOTS_ONLY, BASELINE = "shots_only", "crop_paste"
 ADAPTED = "adapted_base"
 
 
@@ -126,6 +127,17 @@ class Study:
         few = [shot.image for shot in self.shots(seed) if shot.defect == defect]
         return few + [image for image, _, name, _ in self.held_out(seed) if name == defect]
 
+    def references(self, defect: str, seed: int = 0) -> list[Tensor]:
+        """The real images of a defect that IC-LPIPS clusters around where these are not all.
+
+        The shots; or for AnomalyDiffusion's protocol the first third of the images by id, which are the shots of the
+        split ``first_third`` and no other's.
+        """
+        table = self.manifest(seed)
+        if PROTOCOLS[self.settings.quality.ic_lpips].references == "first third":
+            table = splits.assign(table, "first_third", usable=table["side"] != "unused")
+        return [shot.image for shot in splits.shots(table, self.root, self.category, [defect], self.size)]
+
     def quality_arguments(self) -> dict[str, Any]:
         """The profile's extractors and protocol, as :func:`metrics.quality.evaluate` takes them."""
         q = self.settings.quality
@@ -170,10 +182,14 @@ class Study:
         drawn = self.n_per_defect(name)
         return min(drawn, self.settings.downstream.n_samples or drawn)
 
+    def compared(self) -> list[str]:
+        """The rows of every downstream table: the shots alone, Crop-Paste where the profile has it, the methods."""
+        return list(dict.fromkeys([SHOTS_ONLY, *_baseline(self.settings), *self.methods]))
+
     def learned_with(self) -> list[str]:
-        """Whose samples downstream models train on: the methods', and those of the variants that the profile says."""
+        """What downstream models train on: the rows of every table, and the variants that the profile says."""
         every = self.settings.downstream.variants == "all"
-        return [*self.methods, *(name for name in self.variants if every or self.keep(name))]
+        return [*self.compared(), *(name for name in self.variants if every or self.keep(name))]
 
     def keep(self, name: str) -> Keep | None:
         """The filter of a variant that has one."""
@@ -427,7 +443,7 @@ def require_weights(parameters: Parameters) -> None:
 
 
 def results(parameters: Parameters, categories: Sequence[str]) -> pd.DataFrame:
-    """The results so far of these categories, for the methods and seeds asked for; ``shots_only`` is always among them.
+    """The results so far of these categories, of the methods and seeds asked for, the shots alone and the baseline.
 
     A notebook asks for its own category, so that what it shows does not depend on which others are already done.
     """
@@ -437,7 +453,12 @@ def results(parameters: Parameters, categories: Sequence[str]) -> pd.DataFrame:
     asked = (
         (found["split"] == settings.data.split)
         & found["category"].isin(categories)
-        & found["method"].isin([SHOTS_ONLY, *methods, *settings.variants_of(methods)])
+        & found["method"].isin([SHOTS_ONLY, *_baseline(settings), *methods, *settings.variants_of(methods)])
         & found["seed"].isin(parameters.seeds or settings.seeds)
     )
     return found[asked].reset_index(drop=True)
+
+
+def _baseline(settings: Profile) -> list[str]:
+    """Crop-Paste, without which no downstream score means much: it costs a training, and nothing to fit."""
+    return [BASELINE] if BASELINE in settings.methods else []

@@ -86,6 +86,8 @@ for method in s.methods:
         stages.quality(s, method, seed)
 results = study.results(p, [s.category])
 own = results[(results["stage"] == "quality") & results["method"].isin(s.methods)]
+for row in own[own["value"].isna()].drop_duplicates(["method", "metric", "defect"]).itertuples():
+    print(f"{row.method}, {row.defect}, {row.metric}: withheld; {json.loads(row.protocol)['why_withheld']}.")
 own.pivot_table(index=["metric", "defect"], columns="method", values="value", aggfunc="mean", sort=False).round(3)
 
 # %% [markdown]
@@ -255,10 +257,8 @@ for name in s.methods:
         f"{name}: KID x 1000 {of[name].mean():.1f}, {of['real, through the autoencoder'].mean():.1f} of real images through the autoencoder."
     )
 told = results[(results["seed"] == seed) & (results["metric"] == judges.MASK_SEEN) & results["method"].isin(s.methods)]
-for row in told.itertuples():
-    sentence = (
+for row in told[told["value"].notna()].itertuples():
+    print(
         f"{row.method}, {row.defect}: masks overlap what a localiser of the shots finds with an IoU of {row.value:.2f}."
     )
-    why = json.loads(row.protocol).get("why_withheld")
-    print(f"{row.method}, {row.defect}: withheld; {why}." if why else sentence)
 print(s.stamp())

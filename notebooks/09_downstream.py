@@ -20,8 +20,8 @@
 # seen. Tables **VIII** (ResNet-34 classification), **IX** (U-Net localisation) and **X** (tires) of DefectSynth, and the
 # headline numbers of the other papers, are of this kind.
 #
-# One row is always there: `shots_only`, the same model trained on the few real shots with the same settings (the papers'
-# "w/o augmentation"); and `crop_paste`, unless other methods are asked for. A filtered row learns from the better part of its method's samples (notebook 8). The
+# Two rows are always there: `shots_only`, the same model trained on the few real shots with the same settings (the papers'
+# "w/o augmentation"), and `crop_paste`. A filtered row learns from the better part of its method's samples (notebook 8). The
 # model of the last step is tested. Released evaluations choose a checkpoint by its test score instead: what that would have
 # shown of the same trainings stands beside it, in Tables VIII and IX below. So does what one sample more is worth.
 #
@@ -61,8 +61,7 @@ figures.style()
 # ## Train and test
 
 # %%
-whole = [study.SHOTS_ONLY, *s.methods]
-rows = [study.SHOTS_ONLY, *s.learned_with()]
+whole, rows = s.compared(), s.learned_with()
 records = {(method, seed): evaluation.downstream(s, method, seed) for method in rows for seed in s.seeds}
 scores = pd.DataFrame(
     [
@@ -225,10 +224,12 @@ if figure is not None:
 figure
 
 # %%
-trained = {m["protocol"]["optimiser_steps"] for *_, m in points if "optimiser_steps" in m["protocol"]}
-print(
-    f"percent, mean over {learned['seed'].nunique()} seed(s); optimiser steps of a point: {', '.join(map(str, sorted(trained)))}"
-)
+trained = sorted({m["protocol"]["optimiser_steps"] for *_, m in points if "optimiser_steps" in m["protocol"]})
+if points:
+    seeds_of = ", ".join(map(str, learning.seeds(s)))
+    print(f"percent, of seed(s) {seeds_of}; optimiser steps of a point: {', '.join(map(str, trained))}")
+else:
+    print("The profile asks for no curve of these seeds (`downstream.curve`).")
 by_n = learned.groupby(["metric", "axis", "n", "method"], sort=True)["value"]
 averages, sds = by_n.mean().unstack(), by_n.std().unstack()
 order = [name for name in whole if name in averages]

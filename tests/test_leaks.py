@@ -78,6 +78,9 @@ def test_a_run_is_audited_from_its_folder_alone(tiny_parameters, monkeypatch):
     shutil.copy(stolen, drawn)
     copied, _ = leaks.of_run(folder)
     assert (leaks.SAMPLE, str(drawn)) in set(zip(copied["found"], copied["test"])), shot.id
+    Image.open(stolen).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(drawn)
+    mirrored, _ = leaks.of_run(folder)
+    assert (leaks.SAMPLE, str(drawn)) in set(zip(mirrored["found"], mirrored["test"])), "fits learn from mirrored shots"
     with monkeypatch.context() as patched:
         patched.setattr(base.get("crop_paste"), "scope", "dataset")
         _, of_all = leaks.of_run(folder)

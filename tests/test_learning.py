@@ -16,6 +16,17 @@ def s(tiny_parameters):
     return dataclasses.replace(s, settings=s.settings.model_copy(update={"downstream": downstream}))
 
 
+def test_curves_are_of_the_seeds_that_the_profile_names(s):
+    """A job of one seed on a cluster draws none of another's."""
+
+    def seeds(asked, own):
+        curve = s.settings.downstream.model_copy(update={"curve": CURVE.model_copy(update={"seeds": asked})})
+        settings = s.settings.model_copy(update={"downstream": curve})
+        return learning.seeds(dataclasses.replace(s, settings=settings, seeds=own))
+
+    assert seeds(None, (0, 1, 2)) == (0, 1, 2) and seeds([0], (0, 1, 2)) == (0,) and seeds([0], (1,)) == ()
+
+
 def points(record, metric):
     return {m["protocol"]["n"]: m for m in record["metrics"] if m["metric"] == metric}
 

@@ -193,6 +193,19 @@ def test_results_are_those_that_are_asked_for(tiny_parameters):
     assert runs_of([first]) == [("c0", "crop_paste", 0), ("c0", "shots_only", 0)]
     assert ("c1", "crop_paste", 0) in runs_of([first, second])
     assert runs_of([first], seeds=[7]) == [("c0", "crop_paste", 7)]
+    assert runs_of([first], methods=["dualanodiff"], variants=[]) == runs_of([first]), "and what all are compared with"
+    only = study.open_category(tiny_parameters.model_copy(update={"methods": ["dualanodiff"], "variants": []}))
+    assert only.compared() == only.learned_with() == [study.SHOTS_ONLY, "crop_paste", "dualanodiff"]
+
+
+def test_ic_lpips_clusters_around_the_first_third_whatever_the_split(tiny_parameters):
+    ids = []
+    for split in ("first_third", "all_shots"):
+        s = study.open_category(tiny_parameters.model_copy(update={"split": split}))
+        shots = [shot for shot in s.shots() if shot.defect == s.defects[0]]
+        references = s.references(s.defects[0])
+        ids.append([next(x.id for x in shots if torch.equal(x.image, image)) for image in references])
+    assert ids[0] == ids[1] and len(shots) > len(ids[1]) > 0
 
 
 def test_random_thirds_has_a_partition_a_seed(tiny_parameters):

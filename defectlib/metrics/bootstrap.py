@@ -9,6 +9,7 @@ shots that were learned from: that takes other splits. Below ``LEAST`` images it
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,9 +46,23 @@ def of_share(value: float, n: int, drawn: NDArray) -> tuple[float, float]:
     return max(0.0, min(low, float(wilson.low))), min(1.0, max(high, float(wilson.high)))
 
 
+def of_samples(n: int, bounds: tuple[float, float]) -> dict[str, Any]:
+    """Bounds over ``n`` samples as a protocol holds them; nothing of too few, or where no draw differs."""
+    low, high = bounds
+    return {"ci95": [low, high], "ci95_over": "samples"} if n >= LEAST and low < high else {}
+
+
 def mean(values: Tensor | NDArray, taken: NDArray) -> NDArray:
     """The mean of values (n,) in each draw."""
     return taken @ np.asarray(values, dtype=float) / taken.sum(1)
+
+
+def median(values: Tensor | NDArray, seed: int = 0) -> NDArray:
+    """The median of values (n,) in each of :data:`DRAWS` draws."""
+    values = np.asarray(values, dtype=float)
+    return np.median(
+        values[np.random.default_rng([seed, len(values)]).integers(len(values), size=(DRAWS, len(values)))], 1
+    )
 
 
 def kid(real: Tensor, generated: Tensor, taken_real: NDArray, taken: NDArray) -> NDArray:

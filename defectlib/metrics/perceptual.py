@@ -31,7 +31,7 @@ class Protocol:
     size: int
     cap: int
     singles: Literal["dropped", "zero"]
-    references: Literal["shots", "real"]
+    references: Literal["first third", "shots", "real"]
 
 
 # The three released scripts. AnomalyDiffusion: the few-shot third as references; DFMGAN (metrics/lpips.py): every real
@@ -40,7 +40,7 @@ class Protocol:
 PROTOCOLS = {
     p.name: p
     for p in (
-        Protocol("anomalydiffusion", trunk="vgg", size=256, cap=50, singles="dropped", references="shots"),
+        Protocol("anomalydiffusion", trunk="vgg", size=256, cap=50, singles="dropped", references="first third"),
         Protocol("dfmgan", trunk="alex", size=256, cap=200, singles="zero", references="real"),
         Protocol("seas", trunk="vgg", size=256, cap=140, singles="zero", references="shots"),
     )

@@ -146,7 +146,7 @@ def evaluate(
     Args:
         generated: Samples, float32 (3, H, W) in [-1, 1].
         real: Real images of the defect, for KID and LPIPS.
-        refs: The shots, for protocols that cluster around shots.
+        refs: What protocols that do not cluster around all real images cluster around.
         extractor: "tiny" or "inception", for KID and IS.
         perceptual: "tiny", "alex" or "vgg", for LPIPS and IC-LPIPS; default the protocol's own trunk.
         protocol: One of ``PROTOCOLS``, by name or as a record.

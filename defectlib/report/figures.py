@@ -387,9 +387,7 @@ def spread(frame: pd.DataFrame, x: str, y: str, hue: str) -> Figure:
         (dots,) = axes.plot(place, some[y], ".", alpha=0.35, markersize=5)
         grouped = some.groupby(x)[y]
         at = [sizes.index(n) + (i - (len(names) - 1) / 2) * 0.18 for n in grouped.mean().index]
-        axes.errorbar(
-            at, grouped.mean(), yerr=grouped.std().fillna(0), fmt="-o", color=dots.get_color(), capsize=3, label=name
-        )
+        axes.errorbar(at, grouped.mean(), yerr=grouped.std(), fmt="-o", color=dots.get_color(), capsize=3, label=name)
     axes.axhline(0, color="#999999", linewidth=0.8, zorder=0)
     axes.set_xticks(range(len(sizes)), sizes)
     axes.set(xlabel=x, ylabel=y)
@@ -459,4 +457,4 @@ def _line(axes: Axes, some: pd.DataFrame, sizes: list, shift: float, colour: str
     axes.plot(some["n"].map(sizes.index) + shift, some["value"], ".", color=colour, alpha=0.4, markersize=5)
     grouped = some.groupby("n")["value"]
     at = [sizes.index(n) + shift for n in grouped.mean().index]
-    axes.errorbar(at, grouped.mean(), yerr=grouped.std().fillna(0), fmt="-o", color=colour, capsize=2.5, markersize=4)
+    axes.errorbar(at, grouped.mean(), yerr=grouped.std(), fmt="-o", color=colour, capsize=2.5, markersize=4)

@@ -18,7 +18,7 @@ REASONS = {
     "other_crops": "the paper's weld crops are not published, these are ours",
     "other_machine": "time on another machine than the paper's",
     "reduced_scale": "a small profile, not the paper's model, resolution and training",
-    "other_training": "the downstream model's loss, decay, augmentation or image size is not the paper's",
+    "other_training": "the downstream model's layers, loss, decay, augmentation or image size are not the paper's",
     "undefined_in_paper": "the paper prints no such number, or does not say which variant of the measure it used",
     "other_n": "IS rises with the number of images, and the methods here have different ones",
     "chosen_checkpoint": "a checkpoint was chosen instead of the last step, by the rule that the protocol names",

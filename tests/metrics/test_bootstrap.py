@@ -54,6 +54,15 @@ def test_the_interval_of_a_mean_is_as_wide_as_its_standard_error_says():
     assert high - low == pytest.approx(2 * 1.96 * values.std().item() / 200**0.5, rel=0.1)
 
 
+def test_the_interval_of_a_median_holds_its_order_statistics():
+    """Of 100 normal values 95 % of medians lie within 1.96 * 1.253 / 10."""
+    values = np.random.default_rng(0).normal(size=100)
+    low, high = bootstrap.interval(float(np.median(values)), bootstrap.median(values))
+    assert high - low == pytest.approx(2 * 1.96 * 1.253 / 10, rel=0.35)
+    assert bootstrap.of_samples(100, (low, high)) == {"ci95": [low, high], "ci95_over": "samples"}
+    assert bootstrap.of_samples(bootstrap.LEAST - 1, (low, high)) == bootstrap.of_samples(100, (low, low)) == {}
+
+
 def test_a_share_of_all_or_none_is_not_certain():
     """Wilson's closed form for n of n: n / (n + z^2), and 1."""
     low, high = bootstrap.of_share(1.0, 16, np.ones(50))

@@ -135,7 +135,7 @@ def test_ic_lpips_cap_is_seeded():
 def test_protocols_are_those_of_the_released_scripts():
     facts = {name: (p.trunk, p.cap, p.singles, p.references) for name, p in perceptual.PROTOCOLS.items()}
     assert facts == {
-        "anomalydiffusion": ("vgg", 50, "dropped", "shots"),
+        "anomalydiffusion": ("vgg", 50, "dropped", "first third"),
         "dfmgan": ("alex", 200, "zero", "real"),
         "seas": ("vgg", 140, "zero", "shots"),
     }
