@@ -3,9 +3,9 @@
 A difference is taken within a (category, defect) pair and a seed, or within a category and a seed for what a category
 has one number of (time), so that both systems had the same shots, split and seed. Downstream scores are those of each
 defect against all normals (``regions.BY_DEFECT``), though the defects of a category share one downstream model. The
-interval is a bootstrap that draws these cells and the seeds anew, widened for so few. A verdict needs ``LEAST_CELLS``
-cells with ``LEAST_SEEDS`` seeds each, and an interval that does not touch zero. Seeds share the shots and the test
-images of a split, so what an interval covers is training and drawing.
+interval is a bootstrap that draws these cells, or the seeds, anew, whichever moves the mean more, widened for so few. A
+verdict needs ``LEAST_CELLS`` cells with ``LEAST_SEEDS`` seeds each, and an interval that does not touch zero. Seeds
+share the shots and the test images of a split, so what an interval covers is training and drawing.
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ def judge(results: pd.DataFrame) -> pd.DataFrame:
         "caption": f"The papers' claims, tested on {data}{profile}: {counts}.",
         "note": (
             f"Differences are paired within category, defect and seed; in brackets the {LEVEL:.0%} interval of a "
-            f"bootstrap over pairs and over seeds, widened as a t interval of so few is. A verdict needs {LEAST_CELLS} "
-            f"pairs of category and defect with {LEAST_SEEDS} seeds each ({LEAST_CELLS} categories for what a category "
+            "bootstrap over pairs or over seeds, whichever is wider, and widened as a t interval of so few is. A verdict "
+            f"needs {LEAST_CELLS} pairs of category and defect with {LEAST_SEEDS} seeds each ({LEAST_CELLS} categories for what a category "
             "has one number of: time), and an interval off zero. Downstream scores are by defect: a localiser's on its "
             "images and all normals, a classifier's on the images of defects alone, where accuracy is the share of one "
             "defect's images that is named rightly. The defects of a category share one downstream model, so their "
@@ -170,17 +170,17 @@ def _differences(rows: pd.DataFrame, method: str, against: str) -> pd.DataFrame:
 def interval(values: NDArray, draws: int = DRAWS, level: float = LEVEL) -> tuple[float, float]:
     """A bootstrap interval of the mean of ``values`` (cells, seeds), in which NaN is what is missing.
 
-    Cells are drawn with replacement, and by themselves seeds are, so that a difference between either counts. The
-    percentiles of four cells would hold 81 % and not 95: each part's deviations are widened to what a t interval of so
-    few would have, times sqrt(n / (n - 1)) and the ratio of the t quantile to the normal one, and then added up.
+    Cells are drawn with replacement, then seeds are by themselves, and the interval reaches as far as either does. The
+    percentiles of four cells would hold 80 % where they say 95: deviations are widened to what a t interval of so few
+    would have, by sqrt(n / (n - 1)) and the ratio of the t quantile to the normal one.
     """
     rng, there, mean = np.random.default_rng(0), ~np.isnan(values), np.nanmean(values)
-    off = np.zeros(draws)
+    tail, bounds = (1 + level) / 2, [0.0]
     for axis, n in enumerate(values.shape):
-        taken = rng.multinomial(n, np.full(n, 1 / n), draws)
-        total, count = (taken @ part.sum(1 - axis) for part in (np.nan_to_num(values), there))
-        tail = (1 + level) / 2
-        wider = (n / (n - 1)) ** 0.5 * stats.t.ppf(tail, n - 1) / stats.norm.ppf(tail) if n > 1 else 0.0
-        off += wider * (np.divide(total, count, out=np.full(draws, np.nan), where=count > 0) - mean)
-    low, high = np.nanquantile(off, [1 - tail, tail])
-    return float(mean + low), float(mean + high)
+        if n > 1:
+            taken = rng.multinomial(n, np.full(n, 1 / n), draws)
+            total, count = (taken @ part.sum(1 - axis) for part in (np.nan_to_num(values), there))
+            wider = (n / (n - 1)) ** 0.5 * stats.t.ppf(tail, n - 1) / stats.norm.ppf(tail)
+            off = wider * (total[count > 0] / count[count > 0] - mean)
+            bounds += np.quantile(off, [1 - tail, tail]).tolist()
+    return float(mean + min(bounds)), float(mean + max(bounds))

@@ -155,12 +155,18 @@ def test_the_interval_of_one_seed_is_the_plain_bootstrap():
     assert np.isfinite(claims.interval(gappy)).all()
 
 
-@pytest.mark.parametrize("of", ["cells", "seeds", "each", "all three"])
+@pytest.mark.parametrize("of", ["cells", "seeds", "each", "cells and each", "all three"])
 def test_the_interval_of_four_by_three_covers_what_it_says(of):
     """Differences of a true mean of zero that vary between cells, between seeds, or from number to number."""
     rng = np.random.default_rng(5)
     cells, seeds, each = (rng.normal(size=(400, *shape)) for shape in ((4, 1), (1, 3), (4, 3)))
-    drawn = {"cells": cells + 0 * each, "seeds": seeds + 0 * each, "each": each, "all three": cells + seeds + each}[of]
+    drawn = {
+        "cells": cells + 0 * each,
+        "seeds": seeds + 0 * each,
+        "each": each,
+        "cells and each": cells + each,
+        "all three": cells + seeds + each,
+    }[of]
     bounds = [claims.interval(values, draws=1000) for values in drawn]
     assert np.mean([low <= 0 <= high for low, high in bounds]) >= 0.93
 
