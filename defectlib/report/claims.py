@@ -66,9 +66,10 @@ def judge(results: pd.DataFrame) -> pd.DataFrame:
         "caption": f"The papers' claims, tested on {data}{profile}: {counts}.",
         "note": (
             f"Differences are paired within category, defect and seed; in brackets the {LEVEL:.0%} interval of a "
-            "bootstrap over pairs or over seeds, whichever is wider, and widened as a t interval of so few is. A verdict "
-            f"needs {LEAST_CELLS} pairs of category and defect with {LEAST_SEEDS} seeds each ({LEAST_CELLS} categories for what a category "
-            "has one number of: time), and an interval off zero. Downstream scores are by defect: a localiser's on its "
+            "bootstrap over pairs or over seeds, whichever is wider, and widened as a t interval of so few is. A "
+            f"verdict needs {LEAST_CELLS} pairs of category and defect with {LEAST_SEEDS} seeds each ({LEAST_CELLS} "
+            "categories for what a category has one number of: time), and an interval off zero. Downstream scores are "
+            "by defect: a localiser's on its "
             "images and all normals, a classifier's on the images of defects alone, where accuracy is the share of one "
             "defect's images that is named rightly. The defects of a category share one downstream model, so their "
             "pairs say less than as many categories would. Each "
