@@ -82,8 +82,8 @@ tested = bool(scores["value"].notna().any())
 print(*withheld, sep="\n")
 grouped = scores.groupby(["metric", "method"], sort=False)["value"]
 mean, sd = grouped.mean().unstack()[rows], grouped.std().unstack()[rows]
-print(f"mean over {len(s.seeds)} seed(s); the standard deviation follows")
-pd.concat([mean, sd.add_suffix(" sd")], axis=1).round(3)
+print(f"mean over {len(s.seeds)} seed(s); the standard deviation follows where there are several")
+pd.concat([mean, sd.add_suffix(" sd").dropna(axis=1, how="all")], axis=1).round(3)
 
 # %%
 shown = scores[scores["metric"].isin(["accuracy", "f1_macro", "image_auroc", "pixel_auroc", "pixel_ap", "pixel_f1_50"])]
