@@ -65,12 +65,12 @@ def judge(results: pd.DataFrame) -> pd.DataFrame:
         "name": NAME, "title": "The papers' claims.",
         "caption": f"The papers' claims, tested on {data}{profile}: {counts}.",
         "note": (
-            f"Differences are paired within category, defect and seed; in brackets the {LEVEL:.0%} interval of a "
-            "bootstrap over pairs or over seeds, whichever is wider, and widened as a t interval of so few is. A "
-            f"verdict needs {LEAST_CELLS} pairs of category and defect with {LEAST_SEEDS} seeds each ({LEAST_CELLS} "
-            "categories for what a category has one number of: time), and an interval off zero. Downstream scores are "
-            "by defect: a localiser's on its "
-            "images and all normals, a classifier's on the images of defects alone, where accuracy is the share of one "
+            "Differences (the system's own number minus the other's) are paired within category, defect and seed; in "
+            f"brackets the {LEVEL:.0%} interval of a bootstrap over pairs or over seeds, whichever is wider, widened "
+            f"as a t interval of so few is. A verdict needs {LEAST_CELLS} pairs of category and defect with "
+            f"{LEAST_SEEDS} seeds each ({LEAST_CELLS} categories for what a category has one number of: time), and an "
+            "interval off zero. Downstream scores are by defect: a localiser's on its images "
+            "and all normals, a classifier's on the images of defects alone, where accuracy is the share of one "
             "defect's images that is named rightly. The defects of a category share one downstream model, so their "
             "pairs say less than as many categories would. Each "
             f"comparison stands at that level by itself, and there are {len(table)}. Seeds share shots, test "
