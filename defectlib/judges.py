@@ -117,8 +117,8 @@ def mask_seen(s: Study, seed: int, defect: str, held_out: list, images: Tensor, 
         return {"value": None, "protocol": told | {"why_withheld": why}}
     values = np.array(seen(s, seed, images, masks))
     value, n = float(values.mean()), len(values)
-    bounds = bootstrap.interval(value, bootstrap.mean(values, bootstrap.counts(n, 0)))
-    return {"value": value, "protocol": told | bootstrap.of_samples(n, bounds)}
+    drawn = bootstrap.mean(values, bootstrap.counts(n, 0))
+    return {"value": value, "protocol": told | bootstrap.told(n, lambda: bootstrap.interval(value, drawn))}
 
 
 def class_seen(s: Study, seed: int, defect: str, held_out: list, images: Tensor) -> dict[str, Any]:
@@ -146,8 +146,8 @@ def class_seen(s: Study, seed: int, defect: str, held_out: list, images: Tensor)
         return {"value": None, "protocol": told | {"why_withheld": why}}
     rightly, n = taken.eq(label).double(), len(taken)
     value = rightly.mean().item()
-    bounds = bootstrap.of_share(value, n, bootstrap.mean(rightly, bootstrap.counts(n, 0)))
-    return {"value": value, "protocol": told | bootstrap.of_samples(n, bounds)}
+    drawn = bootstrap.mean(rightly, bootstrap.counts(n, 0))
+    return {"value": value, "protocol": told | bootstrap.told(n, lambda: bootstrap.of_share(value, n, drawn))}
 
 
 def _taken_for(model: nn.Module, images: Tensor) -> Tensor:

@@ -266,7 +266,7 @@ def _shot_distance(s: Study, drawn: list, real: list) -> dict[str, Any]:
         apart, between = nearest.shot_distance(drawn, real, features.load(name))
     except ValueError as error:  # shots that look the same
         return row | {"protocol": told | {"why_withheld": str(error)}}
-    value = float(np.median(apart.numpy()))
-    told |= {"between_shots": between}
-    bounds = bootstrap.interval(value, bootstrap.median(apart))
-    return row | {"value": value, "protocol": told | bootstrap.of_samples(len(apart), bounds)}
+    value, n = float(np.median(apart.numpy())), len(apart)
+    drawn_anew = bootstrap.median(apart, bootstrap.counts(n, 0))
+    told |= {"between_shots": between} | bootstrap.told(n, lambda: bootstrap.interval(value, drawn_anew))
+    return row | {"value": value, "protocol": told}

@@ -8,7 +8,7 @@ shots that were learned from: that takes other splits. Below ``LEAST`` images it
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -46,10 +46,12 @@ def of_share(value: float, n: int, drawn: NDArray) -> tuple[float, float]:
     return max(0.0, min(low, float(wilson.low))), min(1.0, max(high, float(wilson.high)))
 
 
-def of_samples(n: int, bounds: tuple[float, float]) -> dict[str, Any]:
-    """Bounds over ``n`` samples as a protocol holds them; nothing of too few, or where no draw differs."""
-    low, high = bounds
-    return {"ci95": [low, high], "ci95_over": "samples"} if n >= LEAST and low < high else {}
+def told(n: int, bounds: Callable[[], tuple[float, float]], over: str = "samples") -> dict[str, Any]:
+    """Bounds over ``n`` images as a protocol holds them; nothing of too few, or where no draw differs."""
+    if n < LEAST:
+        return {}
+    low, high = bounds()
+    return {"ci95": [low, high], "ci95_over": over} if low < high else {}
 
 
 def mean(values: Tensor | NDArray, taken: NDArray) -> NDArray:
@@ -57,12 +59,10 @@ def mean(values: Tensor | NDArray, taken: NDArray) -> NDArray:
     return taken @ np.asarray(values, dtype=float) / taken.sum(1)
 
 
-def median(values: Tensor | NDArray, seed: int = 0) -> NDArray:
-    """The median of values (n,) in each of :data:`DRAWS` draws."""
+def median(values: Tensor | NDArray, taken: NDArray) -> NDArray:
+    """The median of values (n,) in each draw."""
     values = np.asarray(values, dtype=float)
-    return np.median(
-        values[np.random.default_rng([seed, len(values)]).integers(len(values), size=(DRAWS, len(values)))], 1
-    )
+    return np.array([np.median(np.repeat(values, times.astype(int))) for times in taken])
 
 
 def kid(real: Tensor, generated: Tensor, taken_real: NDArray, taken: NDArray) -> NDArray:

@@ -217,10 +217,7 @@ def _row(
     sd = float(np.std(values, ddof=1)) if is_random and len(values) > 1 else None
     shown = {**protocol, **rest, "sd_over": "seeds" if sd is not None else None}
     counted = ("n_generated", "n_real") if "real" in over else ("n_generated",)
-    if min(protocol[count] for count in counted) >= bootstrap.LEAST:
-        low, high = interval(value)
-        if low < high:  # where no draw differs, nothing is known
-            shown |= {"ci95": [low, high], "ci95_over": over}
+    shown |= bootstrap.told(min(protocol[count] for count in counted), lambda: interval(value), over)
     return {"metric": name, "value": value, "sd": sd, "protocol": shown}
 
 

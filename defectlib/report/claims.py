@@ -21,6 +21,7 @@ from scipy import stats
 from defectlib import published
 from defectlib.metrics.regions import BY_DEFECT
 from defectlib.published.claims import Claim, load, printed
+from defectlib.report.layout import method_title
 from defectlib.report.tables import scale, was_chosen
 
 LEAST_CELLS, LEAST_SEEDS = 4, 3
@@ -151,7 +152,7 @@ def _damage(results: pd.DataFrame, varied: str, other: str, used: pd.DataFrame) 
     own, others = (rows.loc[rows["method"] == name, "value"].mean() for name in (varied, other))
     if not own < others:
         return ""
-    return f"but precision is {own:.2f} of {varied} against {others:.2f}: damage too looks varied"
+    return f"but precision is {own:.2f} of {method_title(varied)} against {others:.2f}: damage too looks varied"
 
 
 def verdict(low: float, high: float, better: str) -> dict[str, str]:

@@ -71,8 +71,8 @@ CAPTIONS = {
     "worst_misses": "The held-out defects that the localiser found least: image, truth, prediction.",
     "quality_intervals": "Measures of quality with 95 % intervals over images, by defect and method; a bar a seed.",
     "checkpoints": "One training of the localiser, scored along the way, and what each rule would have tested.",
-    "learning_curve": "Scores over the number of samples, and of shots, of each defect; as many optimiser steps each. "
-    "Demo draws them of seed 0 alone.",
+    "learning_curve": "Scores over the number of samples, and of shots, of each defect; as many optimiser steps each, "
+    "of the seeds that the profile's curve names.",
     "symmetry_of_samples": "What a drawn defect breaks: of each source the image nearest to its median ratio, and how "
     "it differs from itself under its own best symmetry.",
     "kid_spread": "How much KID moves with the number of images: every dot is one random subset.",

@@ -57,10 +57,10 @@ def test_the_interval_of_a_mean_is_as_wide_as_its_standard_error_says():
 def test_the_interval_of_a_median_holds_its_order_statistics():
     """Of 100 normal values 95 % of medians lie within 1.96 * 1.253 / 10."""
     values = np.random.default_rng(0).normal(size=100)
-    low, high = bootstrap.interval(float(np.median(values)), bootstrap.median(values))
+    low, high = bootstrap.interval(float(np.median(values)), bootstrap.median(values, bootstrap.counts(100, 0)))
     assert high - low == pytest.approx(2 * 1.96 * 1.253 / 10, rel=0.35)
-    assert bootstrap.of_samples(100, (low, high)) == {"ci95": [low, high], "ci95_over": "samples"}
-    assert bootstrap.of_samples(bootstrap.LEAST - 1, (low, high)) == bootstrap.of_samples(100, (low, low)) == {}
+    assert bootstrap.told(100, lambda: (low, high)) == {"ci95": [low, high], "ci95_over": "samples"}
+    assert bootstrap.told(bootstrap.LEAST - 1, lambda: (low, high)) == bootstrap.told(100, lambda: (low, low)) == {}
 
 
 def test_a_share_of_all_or_none_is_not_certain():
