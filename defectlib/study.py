@@ -393,7 +393,9 @@ def _check(s: Study, rows: pd.DataFrame) -> None:
         )
     for name in [*s.methods, *s.variants]:
         source, rule, config = s.mask_source_name(name), s.shot_rule(name), s.config(name)
-        by_class = getattr(config, "class_coefficients", False) and not base.covers_dataset(s.method_of(name), config)
+        by_class = getattr(config, "adapters", "") in ("csb", "vera") and not base.covers_dataset(
+            s.method_of(name), config
+        )
         if s.learns_later(name) and not by_class:
             raise ValueError(
                 f"{name} learns a defect later, for which a method needs coefficients of a category's classes: leave "

@@ -182,28 +182,31 @@ seen.groupby(["defect", "source"], sort=False)["IoU"].agg(["count", "mean", "med
 # %% [markdown]
 # ## Do drawn defects break what real ones break?
 #
-# The residual of an image under its own best symmetry, inside the mask over outside of it (notebook 1): above 1 the defect is
-# what disturbs the regularity. The median over the images of each source; a source far below the real one blends its
-# defects in, or breaks the structure around them. In the picture, the image of each source whose ratio is nearest to that
+# The residual of an image under its own best symmetry, inside the mask over outside of it (`ratio`), over what the same mask has
+# on normal images (`on_normals`; notebook 1): where `beyond` is above 1, the defect disturbs the regularity. Medians over up to
+# 24 images of each source, with the 95 % interval of `beyond` over them; a source below the real one blends its
+# defects in, or breaks the structure around them. In the picture, the image of each source whose ratio is nearest to the
 # median, and its residual: white is a difference of 128 grey levels or more, plain grey is where an image has no copy.
 
 # %%
 parts, typical = [], {}
+usual = [symmetry.best_symmetry(image) for image in s.normals(seed)[:8]]
 for source, items in looked_at.items():
     for d in dict.fromkeys(name for *_, name in items):
         own = [(image, mask) for image, mask, name in items if name == d and mask.any()][:24]
         if own:
-            parts.append(symmetry.asymmetry(*zip(*own)).assign(source=source, defect=d))
+            parts.append(symmetry.asymmetry(*zip(*own), usual).assign(source=source, defect=d))
             ratios = parts[-1]["ratio"]
             typical[source, d] = own[int((ratios - ratios.median()).abs().fillna(float("inf")).argmin())]
-regular = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["defect", "source", "ratio"])
-regular.groupby(["defect", "source"], sort=False).median(numeric_only=True).round(2)
+regular = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["defect", "source"])
+whole = symmetry.summary(regular.sort_values("defect", kind="stable"), ["defect", "source"]) if parts else regular
+whole.drop(columns="symmetries", errors="ignore").round(2)
 
 # %%
 rows, masks = [], []
 for d in s.defects:
     shown = [typical.get((source, d)) for source in looked_at]
-    residuals = [pair and symmetry.best_symmetry(*pair).picture() for pair in shown]
+    residuals = [pair and symmetry.best_symmetry(pair[0]).picture() for pair in shown]
     rows += [[pair and pair[0] for pair in shown], residuals]
     masks += [[pair and pair[1] for pair in shown]] * 2
 labels = [text for d in s.defects for text in (d, "residual")]

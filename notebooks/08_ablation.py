@@ -196,7 +196,7 @@ else:
 # %% [markdown]
 # ## One model for all defects: the symmetry-aware system
 #
-# Only the abstract of its paper is at hand. **Stated** there: "cross-class shared low-rank bases with class-dependent
+# Only the abstract is at hand. **Stated by the paper**: "cross-class shared low-rank bases with class-dependent
 # coefficients" (CSB-LoRA); branch interaction, background injection and residual fusion adjusted "according to the denoising
 # stage", "from global structure restoration to local defect refinement" (TDAM); "stronger spatial constraints to defect regions and
 # boundary neighborhoods" (SGRL). **Our reading**: one diagonal of coefficients a class between the two bases of every LoRA,
@@ -205,7 +205,9 @@ else:
 #
 # Only where it is among the methods; its parts, one off or changed at a time, are the variants of `PROFILE=symmetry`.
 # DualAnoDiff trains a model for every defect. Here one model draws all of them, by LoRA with bases that all share and
-# coefficients of each class (CSB-LoRA); `tied` has few coefficients a LoRA, `VeRA` frozen random bases and two vectors a class.
+# coefficients of each class (CSB-LoRA), and sees every defect equally often. To compare with: `one LoRA for all`, `a LoRA a class`
+# (all else shared), `tied` with few coefficients a LoRA, and `VeRA`, frozen random bases and two vectors a class (peft's rule, held to
+# peft's own layer by a test, at the same rank; VeRA's paper takes far larger ones).
 # How many numbers that makes, as trained on this category: in the adapters of the UNet, in the rest (interaction, gates and the
 # text encoder's LoRA, which are of the model), and in all.
 
@@ -220,7 +222,7 @@ for name in pairs:
         curves[name] = multiclass.gates(fitted, seed)
         if not s.learns_later(name):  # its start is not that of all classes at once
             moves[name] = multiclass.moved(fitted, seed)
-    if name in several and s.config(name).class_coefficients and not s.config(name).vera:
+    if name in several and s.config(name).adapters == "csb":
         alike[name] = multiclass.similarity(fitted), list(fitted.areas)
 pd.DataFrame(sizes).T.style.format("{:,}").set_uuid(
     "sizes"
@@ -240,11 +242,13 @@ if taken := {name: counts for name, counts in taken.items() if counts.any()}:
     figure = figures.confusion(taken, list(s.defects), "asked for", "taken for")
     figures.save(figure, folder, f"symmetry_aware_taken_for_{s.category}")
     display(figure)
-for row in records[several[0], s.seeds[0]]["metrics"] if taken else []:
-    told = row["protocol"]
-    if row["metric"] == judges.CLASS_SEEN and None not in (told["on_real"], told["on_others"]):
-        print(f"{row['defect']}, seed {s.seeds[0]}: real ones are taken for it by {told['on_real']:.0%}, "
-              f"real ones of others by {told['on_others']:.0%}")  # fmt: skip
+trust = [
+    (row["defect"], seed, row["protocol"]["on_real"], row["protocol"]["on_others"])
+    for seed in s.seeds for row in (records[several[0], seed]["metrics"] if taken else [])
+    if row["metric"] == judges.CLASS_SEEN and None not in (row["protocol"]["on_real"], row["protocol"]["on_others"])
+]  # fmt: skip
+for name, seed, on_real, on_others in sorted(trust, key=lambda row: list(s.defects).index(row[0])):
+    print(f"{name}, seed {seed}: real ones are taken for it by {on_real:.0%}, real ones of others by {on_others:.0%}")
 
 # %% [markdown]
 # ### How alike classes are
@@ -267,7 +271,7 @@ if some := {name: alike[name] for name in ("symmetry_aware", "symmetry_aware_tie
 
 # %%
 own = s.config("symmetry_aware") if "symmetry_aware" in several and len(s.defects) > 1 else None
-if own and own.class_coefficients and own.scope == "category":
+if own and own.adapters != "shared" and own.scope == "category":
     to, shares = s.defects[1], [0.0, 0.25, 0.5, 0.75, 1.0]
     plan = sampling.plan(s.shots(seed), s.normals(seed), 1, None, seed, s.prompts(), s.all_defects, 1)
     start = next(request for request in plan if request.defect == s.defects[0])
@@ -284,8 +288,8 @@ if own and own.class_coefficients and own.scope == "category":
 #
 # TDAM's three gates of every layer over the share of noise: how strongly a background is read, how strongly the branches
 # interact, and how strongly an attention layer's output is added. At 1 everywhere they are DualAnoDiff; drawing goes from right
-# to left. The first is there with background compensation alone, in self-attention. "From global structure to local refinement"
-# would have interaction and fusion rise to the left, as the prior has it; the lines below the picture count what was learned.
+# to left. The first is there with background compensation alone, in self-attention. "From global structure restoration to local
+# defect refinement" would have interaction and fusion rise to the left, as the prior has it; the lines below the picture count what was learned.
 
 # %%
 gated = {name: own for name, own in curves.items() if s.config(name).gates in ("neutral", "prior")}
@@ -298,9 +302,8 @@ if lines:
     display(figure)
 for name, own in gated.items():
     for row in multiclass.leaning(own).itertuples():
-        print(
-            f"{layout.method_title(name)}, {row.kind}: higher at the noisy end in {row.higher} of {row.layers} layers"
-        )
+        print(f"{layout.method_title(name)}, {row.kind}: of {row.layers} layers {row.higher} are higher at the noisy end, "
+              f"{row.lower} at the clean one, by {multiclass.STAYED} or more")  # fmt: skip
 
 # %% [markdown]
 # ### Where the loss looks

@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -12,7 +13,7 @@ from peft.tuners.lora import LoraLayer
 
 from defectlib import diffusion
 from defectlib.branches import BranchUNet, classes, gates, guidance
-from defectlib.branches.classes import ClassScaled, Rows, coefficient_map, scaled_layers
+from defectlib.branches.classes import ClassScaled, Rows, Separate, coefficient_map, scaled_layers
 from defectlib.branches.routing import BRANCHES, PROJECTIONS, lora
 from defectlib.branches.vera import Vectors
 
@@ -77,7 +78,6 @@ def test_regularisers_by_hand():
         second.departure.zero_()
         first.weight.copy_(torch.eye(4, 5))
         second.weight.copy_(torch.tensor([[1.0, 0, 0, 0, 0]] * 4))
-    assert classes.shrinkage([first, second]) == 12.5
     assert classes.orthogonality([first]) == 0 and classes.orthogonality([second]) == 12
     assert classes.discrepancy([first, second], 0.0) == 0
     assert classes.discrepancy([first, second], -0.5) == 0.5
@@ -116,6 +116,8 @@ def test_an_adapter_call_keeps_the_coefficients(untrained):
     branches = BranchUNet(untrained.unet, 4, 0, classes=2)
     before = len(scaled_layers(branches))
     branches.unet.set_adapter("part")
+    with pytest.raises(RuntimeError, match="one branch's LoRA is not active"):
+        branches(*rows(untrained)[:1], STEP, rows(untrained)[1])
     branches.unet.set_adapter(["image", "part"])
     branches.check()
     assert len(scaled_layers(branches)) == before == 8 * len(branches.processors)
@@ -150,7 +152,7 @@ def test_what_classes_share_is_a_lora_of_pefts(untrained, tmp_path):
 
 
 def vera(untrained, n=2):
-    return BranchUNet(untrained.unet, 4, 0, classes=n, vera=True)
+    return BranchUNet(untrained.unet, 4, 0, classes=n, form="vera")
 
 
 def test_vera_is_pefts_to_the_rule(untrained):
@@ -211,9 +213,10 @@ def test_the_counts_of_stable_diffusion():
             up_block_types=("UpBlock2D", *["CrossAttnUpBlock2D"] * 3),
         )  # fmt: skip
     counts = BranchUNet(unet, 32, 0, classes=5, gates="neutral").counts()
-    frozen = BranchUNet(unet, 32, 0, classes=5, vera=True).counts()
+    frozen = BranchUNet(unet, 32, 0, classes=5, form="vera").counts()
     widths = [m.out_features for n, m in unet.named_modules() if n.endswith(("to_q", "to_k", "to_v", "to_out.0"))]
     assert frozen["LoRA"] == 0 and frozen["VeRA"] == 5 * 2 * sum(32 + width for width in widths)
+    assert BranchUNet(unet, 32, 0, classes=5, form="separate").counts()["LoRA"] == 5 * counts["LoRA"]
     assert counts["CSB"] == 5 * 8192 and counts["TDAM"] == 192 and round(counts["LoRA"] / 1e6, 2) == 12.75
 
 
@@ -268,9 +271,35 @@ def test_gates_by_hand():
     prior = gates.Gates("prior")(tau)
     assert torch.allclose(prior[0], 2 * torch.sigmoid(torch.tensor([-1.0, 0.0, 1.0])))
     assert (prior[0].diff() > 0).all() and (prior[1].diff() < 0).all() and torch.equal(prior[1], prior[2])
-    fixed = gates.Gates("cosine")
-    assert torch.allclose(fixed(tau), torch.tensor([[0.0, 1, 2], [2, 1, 0], [2, 1, 0]]), atol=1e-6)
-    assert not list(fixed.parameters())
+    fixed, cosine = gates.Gates("fixed"), gates.Gates("cosine")
+    assert torch.equal(fixed(tau), prior) and torch.allclose(cosine(tau), prior, atol=1e-6)
+    between = 1 - np.tanh(np.array(gates.PRIOR) / 4) * np.cos(np.pi / 4)
+    assert cosine(torch.tensor([0.25]))[:, 0].tolist() == pytest.approx(between.tolist())
+    assert not [*fixed.parameters(), *cosine.parameters()]
+
+
+def test_a_lora_a_class_by_hand():
+    """Rank 2 for each of two classes: B diag(s_c) A is B_c A_c, and each A starts as a LoRA's of rank 2 does."""
+    linear = torch.nn.Linear(5, 4, bias=False)
+    drawn, up = linear.weight.detach().clone(), normal(6, 4)
+    layer = Separate(linear, 2, Rows())
+    assert torch.equal(layer.weight, 2 * drawn)
+    for k in range(2):
+        own = slice(2 * k, 2 * k + 2)
+        assert torch.allclose(up @ layer.of_class(torch.tensor([k])), up[:, own] @ layer.weight[own], atol=1e-6)
+    assert torch.allclose(layer.of_class(None), layer.weight / 2)
+    with layer.rows.of(torch.tensor([1, 0])):
+        found = layer(hidden := normal(2, 3, 5))
+    entered = hidden @ layer.weight.T
+    assert (found[0, :, :2] == 0).all() and torch.equal(found[0, :, 2:], entered[0, :, 2:])
+    assert (found[1, :, 2:] == 0).all() and torch.equal(found[1, :, :2], entered[1, :, :2])
+
+
+def test_a_unet_whose_attention_adds_its_own_input_is_refused(untrained):
+    unet = copy.deepcopy(untrained.unet)
+    next(m for m in unet.modules() if isinstance(m, Attention)).residual_connection = True
+    with pytest.raises(ValueError, match="an attention layer of this UNet adds its own input to its output"):
+        BranchUNet(unet, 4, 0)
 
 
 def mask(*box):

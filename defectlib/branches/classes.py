@@ -1,8 +1,8 @@
 """CSB-LoRA: low-rank bases that all classes share, and coefficients that each class has of its own.
 
-Stated in the abstract: "cross-class shared low-rank bases with class-dependent coefficients". Our reading, for every
-projection and branch: Delta W_c = (alpha / r) B diag(s_c) A with s_c = 1 + d_c, so that a class is a departure from
-what all share. Without a departure it is LoRA.
+Stated by the paper (its abstract): "cross-class shared low-rank bases with class-dependent coefficients". Our reading,
+for every projection and branch: Delta W_c = (alpha / r) B diag(s_c) A with s_c = 1 + d_c, so that a class is a
+departure from what all share. Without a departure it is LoRA. The regularisers are our reading too.
 """
 
 from __future__ import annotations
@@ -10,10 +10,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+Form = Literal["csb", "separate", "vera"]
+"""What classes have of their own: coefficients of shared bases, a LoRA each, or vectors beside frozen bases."""
 START = 0.02
 """Standard deviation of d_c before training: classes that start alike are told apart by their data alone."""
 
@@ -37,7 +40,8 @@ class Rows:
             self.classes = before
 
 
-OWN = (".departure", ".vectors")
+DEPARTURE = ".departure"
+OWN = (DEPARTURE, ".vectors")
 """How the names of what a class has of its own end."""
 
 
@@ -72,9 +76,10 @@ class Scaled(nn.Module, ABC):
         every = self.coefficients()
         return classes.to(every) @ every if classes.ndim == 2 else every[classes]
 
-    def of_class(self, classes: Tensor) -> Tensor:
-        """diag(s_c) W of one class, (1,) or (1, K)."""
-        return self.of_rows(classes.to(self.base().device))[0][:, None] * self.base()
+    def of_class(self, classes: Tensor | None) -> Tensor:
+        """diag(s_c) W of one class, (1,) or (1, K); None: of what stands for all."""
+        scale = self.shared() if classes is None else self.of_rows(classes.to(self.base().device))[0]
+        return scale[:, None] * self.base()
 
     def scale(self) -> Tensor:
         """S of the batch's rows, (N, out), or of all, (1, out), where no class is asked for."""
@@ -134,6 +139,38 @@ class ClassScaled(Scaled):
         return self.weight.new_ones(len(self.weight))
 
 
+class Separate(Scaled):
+    """A of one LoRA layer of rank K r with r rows for each class: a LoRA a class, to compare CSB-LoRA with.
+
+    With s_c one on a class's own rows and zero on the others', B diag(s_c) A is B_c A_c: nothing is shared.
+
+    Args:
+        linear: A, (K r, width), drawn with a standard deviation of 1 / (K r); every class starts as a LoRA of rank r.
+        classes: K.
+        rows: The batch's classes.
+    """
+
+    @torch.no_grad()
+    def __init__(self, linear: nn.Linear, classes: int, rows: Rows) -> None:
+        super().__init__(rows)
+        self.weight = linear.weight
+        self.weight.mul_(classes)
+        own = torch.eye(classes).repeat_interleave(len(self.weight) // classes, 1)
+        self.register_buffer("own", own, persistent=False)
+
+    def base(self) -> Tensor:
+        """A of all classes, (K r, width)."""
+        return self.weight
+
+    def coefficients(self) -> Tensor:
+        """One on its own rows for every class, (K, K r)."""
+        return self.own
+
+    def shared(self) -> Tensor:
+        """The mean over the classes."""
+        return self.own.mean(0)
+
+
 def scaled_layers(model: nn.Module) -> list[ClassScaled]:
     """All layers of a model that have coefficients."""
     return [m for m in model.modules() if isinstance(m, ClassScaled)]
@@ -144,13 +181,8 @@ def coefficient_map(layers: Sequence[ClassScaled]) -> Tensor:
     return torch.cat([layer.departure.detach().cpu() for layer in layers], 1)
 
 
-def shrinkage(layers: Sequence[ClassScaled]) -> Tensor:
-    """The mean over classes of ||d_c||^2, over all layers: what draws classes to the shared prior."""
-    return sum(layer.departure.square().sum(1).mean() for layer in layers)
-
-
 def orthogonality(layers: Sequence[ClassScaled]) -> Tensor:
-    """Mean over layers of ||R R^T - I||^2 with R the rows of A at length one: 0 where bases are orthogonal."""
+    """Mean over layers of ||R R^T - I||^2 with R the rows of A at length one; 0: they are orthogonal. B is free."""
     total = 0.0
     for layer in layers:
         rows = nn.functional.normalize(layer.weight, dim=1)

@@ -1,9 +1,10 @@
 """SGRL: where a training step looks, as weights of its squared errors in latent space.
 
-Stated in the abstract: "stronger spatial constraints to defect regions and boundary neighborhoods". Our reading:
-weights 1 + lambda_m M + lambda_b R, M the defect's cells, R a band around their boundary, brought to a mean of one so
-that the loss keeps its scale, and the learning rate its meaning. They weigh the errors of the base model's own target
-(noise, or velocity), or of x_0 with min-SNR weights (Hang et al., 2023).
+Stated by the paper (its abstract): "stronger spatial constraints to defect regions and boundary neighborhoods". Our
+reading: weights 1 + lambda_m M + lambda_b R, M the defect's cells, R a band around their boundary, brought to a mean of
+one so that the loss keeps its scale, and the learning rate its meaning. They weigh the errors of the base model's own
+target (noise as Stable Diffusion 1.5's, or velocity as ``tiny``'s), or of x_0 with min-SNR weights (Hang et al., 2023).
+The name also promises saliency: ``softness`` lets weights fall off around the mask; by default its edge is hard.
 """
 
 from __future__ import annotations

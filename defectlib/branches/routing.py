@@ -17,6 +17,8 @@ SWITCHED_OFF = (
     "LoRA is switched off, or merged into the base's weights, by a helper call: the branches add it themselves"
 )
 
+ONE_ACTIVE = "one branch's LoRA is not active: it would be frozen, and left out of the prediction"
+
 
 class Route:
     """Hooks of every LoRA layer: each row takes the LoRA of its branch, both branches in one batched product.
@@ -36,6 +38,8 @@ class Route:
         """Before a layer: peft is told that no row takes any."""
         if layer.disable_adapters or layer.merged:
             raise RuntimeError(SWITCHED_OFF)
+        if set(layer.active_adapters) != set(BRANCHES):
+            raise RuntimeError(ONE_ACTIVE)
         self.entered = layer
         return arguments, named | {"adapter_names": [BASE] * len(arguments[0])}
 
@@ -89,7 +93,7 @@ class FoldedLora(nn.Module):
 
 def _delta(layer: LoraLayer, name: str, classes: Tensor | None) -> Tensor:
     """(alpha / r) B A of one adapter, with the coefficients of a class where it has any."""
-    if classes is None:
+    if classes is None and not isinstance(layer.lora_A[name], Scaled):
         return layer.get_delta_weight(name)
     down, up = (
         m.of_class(classes) if isinstance(m, Scaled) else m.weight for m in (layer.lora_A[name], layer.lora_B[name])

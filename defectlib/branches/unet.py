@@ -13,11 +13,11 @@ from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from defectlib.branches.classes import START, ClassScaled, Rows
+from defectlib.branches.classes import START, ClassScaled, Form, Rows, Separate
 from defectlib.branches.compensation import Compensation
 from defectlib.branches.gates import Gates, Schedule
 from defectlib.branches.interaction import FoldedInteraction, Interaction
-from defectlib.branches.routing import BRANCHES, PROJECTIONS, SWITCHED_OFF, FoldedLora, Route, lora
+from defectlib.branches.routing import BRANCHES, ONE_ACTIVE, PROJECTIONS, SWITCHED_OFF, FoldedLora, Route, lora
 from defectlib.branches.vera import put_vera
 
 PASS = ("down", "mid", "up")
@@ -78,10 +78,11 @@ class BranchUNet(nn.Module):
         interaction: With SAIM.
         compensation: With BCM.
         released: SAIM and BCM as in the released code, where cross-attention carries an MLP that nothing reads.
-        classes: With class-dependent coefficients in every LoRA (CSB-LoRA), for this many classes; 0: without.
+        classes: How many classes have something of their own in every LoRA; 0: one LoRA for all.
+        form: What they have: coefficients of shared bases ("csb", see ``ClassScaled``), a LoRA each ("separate"), or
+            vectors beside frozen bases ("vera", see ``branches.vera``).
         blocks: Coefficients a class and LoRA, see ``ClassScaled``.
         start: Their standard deviation at the start.
-        vera: With VeRA's frozen bases, and vectors of each class, in the place of all this, see ``branches.vera``.
         gates: With gates over the denoising (TDAM) of this schedule; None: without.
         num_train_timesteps: T of tau = t / T.
     """
@@ -98,7 +99,7 @@ class BranchUNet(nn.Module):
         classes: int = 0,
         blocks: int | None = None,
         start: float = START,
-        vera: bool = False,
+        form: Form = "csb",
         gates: Schedule | None = None,
         num_train_timesteps: int = 1000,
     ) -> None:
@@ -106,13 +107,18 @@ class BranchUNet(nn.Module):
         self.rows, self.num_train_timesteps = Rows(), num_train_timesteps
         self.unet = copy.deepcopy(unet).requires_grad_(False)
         self.route = Route()
+        if any(m.residual_connection for m in self.unet.modules() if isinstance(m, Attention)):
+            raise ValueError(
+                "an attention layer of this UNet adds its own input to its output, where gates and interaction would "
+                "act on it: only UNets whose attention lies in transformer blocks have branches"
+            )
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             # Adapters first, processors last: adding an adapter may reset processors (huggingface/diffusers#6966).
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "Already found a `peft_config`")  # two adapters are what is wanted
                 for name in BRANCHES:
-                    self.unet.add_adapter(lora(rank, PROJECTIONS), name)
+                    self.unet.add_adapter(lora(rank * (classes if form == "separate" else 1), PROJECTIONS), name)
             self.unet.set_adapter(list(BRANCHES))
             self.unet.set_attn_processor({
                 f"{name}.processor": BranchProcessor(
@@ -128,10 +134,12 @@ class BranchUNet(nn.Module):
         for layer in self._loras.values():
             layer.register_forward_pre_hook(self.route, with_kwargs=True)
             layer.register_forward_hook(self.route.add)
-            for name in BRANCHES if classes and not vera else ():
+            for name in BRANCHES if classes and form == "csb" else ():
                 scaled = ClassScaled(layer.lora_A[name], classes, self.rows, coefficients, blocks=blocks, start=start)
                 layer.lora_A[name] = scaled
-        if vera:
+            for name in BRANCHES if classes and form == "separate" else ():
+                layer.lora_A[name] = Separate(layer.lora_A[name], classes, self.rows)
+        if classes and form == "vera":
             put_vera(list(self._loras.values()), rank, classes, self.rows)
         self.to(unet.device)
         self.check()
@@ -170,7 +178,7 @@ class BranchUNet(nn.Module):
         if any(m.disable_adapters or m.merged for m in routed):
             raise RuntimeError(SWITCHED_OFF)
         if any(set(m.active_adapters) != set(BRANCHES) for m in routed):
-            raise RuntimeError("one branch's LoRA is not active: it would be frozen, and left out of the prediction")
+            raise RuntimeError(ONE_ACTIVE)
 
     @torch.no_grad()
     def background_features(self, latents: Tensor, timesteps: Tensor, text: Tensor) -> list[Tensor]:

@@ -189,6 +189,14 @@ class PairMethod:
         """Of the learning rate, one a parameter that is trained; None: all 1."""
         return None
 
+    def decays(self, dual: Dual) -> list[float | None] | None:
+        """Weight decay, one a parameter that is trained, None for the fit's own; None: all that."""
+        return None
+
+    def turns(self, names: Sequence[str]) -> list[int]:
+        """Which pictures an epoch has, given the defects that they are of: each once."""
+        return [*range(len(names))]
+
     def penalty(self, dual: Dual) -> Tensor | float:
         """What is added to every step's loss."""
         return 0.0
@@ -214,8 +222,10 @@ class PairMethod:
                 for name, value in zip(dual.names, dual.trained, strict=True):
                     value.requires_grad_(name.endswith(OWN))
             given = self.step(pictures, shots)
+            turns = torch.tensor(self.turns([self.name_of(shots[i]) for i in pictures.of_shot]))
 
-            def loss(items: Tensor, generator: torch.Generator) -> Tensor:
+            def loss(drawn: Tensor, generator: torch.Generator) -> Tensor:
+                items = turns[drawn]
                 clean = {name: x[items] for name, x in latents.items()}
                 return dual_loss(dual, base, clean, generator, **given(items)) + self.penalty(dual)
 
@@ -227,11 +237,12 @@ class PairMethod:
             curve = fit(
                 dual.trained,
                 loss,
-                len(latents["image"]),
+                len(turns),
                 settings,
                 seed=seed,
                 folder=folder,
                 factors=self.factors(dual),
+                decays=self.decays(dual),
             )
             return dual.trained_state(), curve
 
@@ -249,15 +260,17 @@ class PairMethod:
 
     def sizes(self) -> dict[str, int]:
         """How many numbers were trained: in the UNet's adapters, shared and by class, in the rest, and in all."""
-        apart, state = self.scope == "defect", next(iter(self.states.values()))
+        state = next(iter(self.states.values()))
         adapters = {name: v for name, v in state.items() if name.startswith("branches.") and ".lora_" in name}
-        own = sum(v.numel() for name, v in adapters.items() if name.endswith(OWN)) // len(self.areas)
-        whole, every = sum(v.numel() for v in adapters.values()), sum(v.numel() for v in state.values())
-        shared = 0 if apart else whole - own * len(self.areas)
+        whole, every = (sum(v.numel() for v in some.values()) * len(self.states) for some in (adapters, state))
+        own = sum(v.numel() for name, v in adapters.items() if name.endswith(OWN)) if self.shares() else whole
         return {
-            "shared": shared, "of a class": whole if apart else own, "rest": (every - whole) * len(self.states),
-            "in all": every * len(self.states),
+            "shared": whole - own, "of a class": own // len(self.areas), "rest": every - whole, "in all": every
         }  # fmt: skip
+
+    def shares(self) -> bool:
+        """Whether defects have anything of the UNet's adapters in common."""
+        return self.scope != "defect"
 
     def _encode(self, images: Tensor, name: str) -> Tensor:
         """Latents of the pictures of this name."""

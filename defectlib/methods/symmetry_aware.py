@@ -1,19 +1,21 @@
 """The symmetry-aware system (paper 000; Symmetry 18(7):1101): DualAnoDiff for several defects at once.
 
-Only the abstract of the paper is at hand. It states three parts, built on DualAnoDiff's two branches: CSB-LoRA
+Only the abstract is at hand. Stated by the paper are three parts, built on DualAnoDiff's two branches: CSB-LoRA
 ("cross-class shared low-rank bases with class-dependent coefficients"), TDAM (interaction, background and fusion
 "according to the denoising stage") and SGRL ("stronger spatial constraints to defect regions and boundary
 neighborhoods"). Rank, number of bases, the gates' form, the band's width, all weights, steps and prompts are not
 stated; they are our reading, and stand with their equations in ``branches.classes``, ``branches.gates`` and
 ``branches.guidance``. With all three off, and one class, a training step is DualAnoDiff's to the bit.
 
-One model is trained for all defects of a category, or of all categories (``scope``). Prompts stay "a vfx with sks" and
-"sks": classes differ by their coefficients alone.
+One model is trained for all defects of a category, or of all categories (``scope``), and sees each of them
+equally often. Prompts stay "a vfx with sks" and "sks": classes differ by their coefficients alone.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +25,7 @@ from torch import Tensor
 
 from defectlib.augmentation import Pictures
 from defectlib.branches import Dual
-from defectlib.branches.classes import OWN, START, discrepancy, orthogonality, scaled_layers, shrinkage
+from defectlib.branches.classes import DEPARTURE, OWN, START, Form, discrepancy, orthogonality, scaled_layers
 from defectlib.branches.gates import Schedule
 from defectlib.branches.guidance import min_snr, spatial_weights
 from defectlib.methods.base import register
@@ -39,14 +41,17 @@ class SymmetryAwareConfig(PairConfig):
 
     Attributes:
         scope: Classes are the defects of a category, or of all categories together, which then share one model.
-        class_coefficients: CSB-LoRA; False is one LoRA for all classes.
+        adapters: CSB-LoRA ("csb"); to compare with, one LoRA that all classes share, a LoRA for each of them apart, or
+            VeRA's frozen random bases with two learned vectors a class, see ``branches.vera``. What coefficients can
+            be given besides is then without effect.
+        balanced: Pictures of a defect with fewer shots come again, so that an epoch has as many of each defect:
+            ``steps`` are then of every defect. False: by their number. The same where all have equally many shots.
         tie_blocks: Coefficients a class and LoRA, a divisor of ``rank``; None is ``rank`` of them.
         coefficient_start: Standard deviation of the departures d_c before training.
-        vera: VeRA's frozen random bases and two learned vectors a class, to compare with; see ``branches.vera``. What
-            coefficients can be given besides is then without effect.
         own_rate: Learning rate of what is few, coefficients, vectors and gates, as a multiple of ``learning_rate``:
             weights act together and need small steps, these act alone and would hardly move in a short fit.
-        shrinkage: Weight of the mean over classes of ||d_c||^2.
+        shrinkage: Of d_c towards what all share: its weight decay, apart from the loss. As a term of the loss it would
+            be all of d_c's gradient in the first step, where B is zero, and Adam would make a full step of it.
         orthogonality: Weight of the bases' departure from orthogonal rows.
         discrepancy: Weight of max(0, cos(d_c, d_c') - discrepancy_margin) over pairs of classes.
         discrepancy_margin: See there.
@@ -61,12 +66,12 @@ class SymmetryAwareConfig(PairConfig):
     """
 
     scope: Literal["category", "dataset"] = "category"
-    class_coefficients: bool = True
+    adapters: Form | Literal["shared"] = "csb"
+    balanced: bool = True
     tie_blocks: int | None = Field(None, ge=1)
     coefficient_start: float = Field(START, ge=0)
-    vera: bool = False
     own_rate: float = Field(1.0, gt=0)
-    shrinkage: float = Field(1e-4, ge=0)
+    shrinkage: float = Field(0.1, ge=0)
     orthogonality: float = Field(0.0, ge=0)
     discrepancy: float = Field(0.0, ge=0)
     discrepancy_margin: float = Field(0.0, ge=-1, le=1)
@@ -81,10 +86,8 @@ class SymmetryAwareConfig(PairConfig):
 
     @model_validator(mode="after")
     def _one_form(self) -> SymmetryAwareConfig:
-        if self.vera and (self.tie_blocks or not self.class_coefficients):
-            raise ValueError("vera is a form of class_coefficients: leave them on, and tie_blocks out")
-        if self.tie_blocks and not self.class_coefficients:
-            raise ValueError("tie_blocks are of class_coefficients: leave them on, or tie_blocks out")
+        if self.tie_blocks and self.adapters != "csb":
+            raise ValueError(f"tie_blocks are of the adapters 'csb', not of '{self.adapters}': leave them out")
         if self.tie_blocks and self.rank % self.tie_blocks:
             raise ValueError(
                 f"{self.tie_blocks} blocks do not divide rank {self.rank}: choose a divisor for tie_blocks"
@@ -112,14 +115,18 @@ class SymmetryAware(PairMethod):
         """Coefficients for as many classes as there are defects, and the gates."""
         config = self.config
         found = super().parts() | {"gates": config.gates}
-        if config.class_coefficients:
+        if config.adapters != "shared":
             found |= {"classes": len(self.areas), "blocks": config.tie_blocks, "start": config.coefficient_start}
-            found |= {"vera": config.vera}
+            found |= {"form": config.adapters}
         return found
+
+    def shares(self) -> bool:
+        """All but a LoRA each."""
+        return self.config.adapters != "separate"
 
     def classes(self, defect: str) -> Tensor | None:
         """The defect's own class."""
-        return torch.tensor([list(self.areas).index(defect)]) if self.config.class_coefficients else None
+        return torch.tensor([list(self.areas).index(defect)]) if self.config.adapters != "shared" else None
 
     def learn(self, shots: Sequence[Shot], *, seed: int, workdir: Path) -> Curve:
         """Learn one more defect after the fit, with all that classes share frozen: its coefficients alone are trained.
@@ -136,13 +143,14 @@ class SymmetryAware(PairMethod):
             The curve of the loss.
 
         Raises:
-            ValueError: Nothing was fitted, all classes share one LoRA, the defect is known, there are several, or a
-                shot cannot be learned from (see ``fit``).
+            ValueError: Nothing was fitted, classes share one LoRA or nothing, the defect is known, there are several,
+                or a shot cannot be learned from (see ``fit``).
         """
         if not self.states:
             raise ValueError(f"{self.title} is not fitted: a new class needs the bases of others")
-        if not self.config.class_coefficients:
-            raise ValueError("one LoRA for all classes has none to add to: fit with class_coefficients")
+        if self.config.adapters in ("shared", "separate"):
+            what = "one LoRA for all classes" if self.config.adapters == "shared" else "a LoRA for each class"
+            raise ValueError(f"{what} has no coefficients to learn a new one by: fit with the adapters 'csb'")
         read = self.readable(shots, [])
         if len(read) > 1:
             raise ValueError(f"one new defect at a time: these shots are of {', '.join(read)}")
@@ -179,8 +187,8 @@ class SymmetryAware(PairMethod):
             ValueError: The fit has one LoRA for all classes, or a defect was not learned.
         """
         first = self.name_of(request)
-        if not self.config.class_coefficients:
-            raise ValueError("one LoRA for all classes holds nothing between two: fit with class_coefficients")
+        if self.config.adapters == "shared":
+            raise ValueError("one LoRA for all classes holds nothing between two: fit with the adapters 'csb'")
         if not self.states:
             raise ValueError(f"{self.title} is not fitted: call fit or load first")
         order = list(self.areas)
@@ -207,7 +215,7 @@ class SymmetryAware(PairMethod):
         spatial = self.spatial(pictures.masks).to(base.device) if config.guidance else None
 
         def given(items: Tensor) -> dict[str, Any]:
-            found: dict[str, Any] = {"classes": classes[items].to(base.device)} if config.class_coefficients else {}
+            found: dict[str, Any] = {"classes": classes[items].to(base.device)} if config.adapters != "shared" else {}
             if spatial is not None or config.x0_space:
                 found["weigh"] = lambda timesteps: self._weights(spatial, items, timesteps)
             return found
@@ -229,18 +237,31 @@ class SymmetryAware(PairMethod):
 
     def factors(self, dual: Dual) -> list[float] | None:
         """``own_rate`` for coefficients, vectors and gates."""
-        trained = (name for name, value in zip(dual.names, dual.trained, strict=True) if value.requires_grad)
-        few = (name.endswith(OWN) or ".gates." in name for name in trained)
+        few = (name.endswith(OWN) or ".gates." in name for name in _trained(dual))
         return [self.config.own_rate if own else 1.0 for own in few]
 
+    def decays(self, dual: Dual) -> list[float | None] | None:
+        """``shrinkage`` for coefficients."""
+        return [self.config.shrinkage if name.endswith(DEPARTURE) else None for name in _trained(dual)]
+
+    def turns(self, names: Sequence[str]) -> list[int]:
+        """Each picture once, and those of defects with fewer again, in turn."""
+        most = max(Counter(names).values()) if self.config.balanced else 0
+        own = {defect: [i for i, name in enumerate(names) if name == defect] for defect in dict.fromkeys(names)}
+        again = [i for items in own.values() for i in islice(cycle(items), max(0, most - len(items)))]
+        return super().turns(names) + again
+
     def penalty(self, dual: Dual) -> Tensor | float:
-        """Shrinkage, orthogonality and discrepancy, those that have a weight."""
+        """Orthogonality and discrepancy, those that have a weight."""
         config, total = self.config, 0.0
-        layers = scaled_layers(dual) if config.class_coefficients else []
-        if layers and config.shrinkage:
-            total = total + config.shrinkage * shrinkage(layers)
+        layers = scaled_layers(dual)
         if layers and config.orthogonality:
             total = total + config.orthogonality * orthogonality(layers)
         if layers and config.discrepancy:
             total = total + config.discrepancy * discrepancy(layers, config.discrepancy_margin)
         return total
+
+
+def _trained(dual: Dual) -> list[str]:
+    """The names of what a fit trains, in the optimiser's order."""
+    return [name for name, value in zip(dual.names, dual.trained, strict=True) if value.requires_grad]

@@ -61,14 +61,15 @@ def gates(method: SymmetryAware, seed: int) -> pd.DataFrame:
 
 
 def leaning(curves: pd.DataFrame) -> pd.DataFrame:
-    """How many layers' gates are higher at the noisy end than at the clean one: columns kind, higher, layers.
+    """Of how many layers the gates are higher at the noisy end, or lower: columns kind, higher, lower, layers.
 
     Args:
         curves: As :func:`gates` gives them. A gate whose ends differ by less than :data:`STAYED` leans to neither.
     """
     ends = curves.groupby(["kind", "layer"], sort=False)["gate"].agg(["first", "last"])
-    higher = (ends["last"] - ends["first"]).gt(STAYED).groupby(level="kind", sort=False).agg(["sum", "count"])
-    return higher.set_axis(["higher", "layers"], axis=1).reset_index()
+    rise = ends["last"] - ends["first"]
+    counted = pd.DataFrame({"higher": rise.gt(STAYED), "lower": rise.lt(-STAYED), "layers": True})
+    return counted.groupby(level="kind", sort=False).sum().reset_index()
 
 
 def taken_for(records: Sequence[dict[str, Any]], defects: Sequence[str]) -> np.ndarray:

@@ -46,7 +46,8 @@ QUICK = {
 FORMS = [*((name, {}) for name in base.names()), ("dualanodiff", {"compensation": True}),
          ("dualanodiff", {"compensation": True, "released": True}),
          ("symmetry_aware", {"compensation": True, "gates": "prior"}),
-         ("symmetry_aware", {"class_coefficients": False, "gates": "cosine", "x0_space": True})]  # fmt: skip
+         ("symmetry_aware", {"adapters": "shared", "gates": "cosine", "x0_space": True}),
+         ("symmetry_aware", {"adapters": "separate", "gates": "fixed"})]  # fmt: skip
 
 
 def mask_source(rng, shots, normal):

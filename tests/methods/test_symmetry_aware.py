@@ -9,7 +9,7 @@ from defectlib.methods.symmetry_aware import SymmetryAware, SymmetryAwareConfig
 from defectlib.types import Request, Shot
 
 QUICK = {"steps": 3, "train_batch_size": 2, "rank": 4, "num_inference_steps": 2, "batch_size": 2, "learning_rate": 1e-2}
-OFF = {"class_coefficients": False, "gates": None, "guidance": False}
+OFF = {"adapters": "shared", "gates": None, "guidance": False}
 
 
 def shot(defect, k):
@@ -44,7 +44,7 @@ def test_all_off_and_one_class_is_dualanodiffs_training_to_the_bit(untrained, tm
     assert torch.equal(*drawn)
 
 
-@pytest.mark.parametrize("part", [{"class_coefficients": True}, {"gates": "prior"}, {"guidance": True}])
+@pytest.mark.parametrize("part", [{"adapters": "csb"}, {"gates": "prior"}, {"guidance": True}])
 def test_each_part_changes_what_is_learned(untrained, tmp_path, part):
     off, on = (
         fitted(SymmetryAware, SymmetryAwareConfig(**QUICK | OFF | more), SHOTS, untrained, tmp_path / str(len(more)))
@@ -106,7 +106,7 @@ def test_sizes_by_hand(whole, untrained, tmp_path):
 
 
 def test_vera_fits_draws_and_is_read_back(untrained, tmp_path):
-    config = SymmetryAwareConfig(**QUICK, vera=True)
+    config = SymmetryAwareConfig(**QUICK, adapters="vera")
     method = fitted(SymmetryAware, config, SHOTS, untrained, tmp_path / "fit")
     assert method.sizes()["shared"] == 0, "the bases are frozen"
     drawn = [method.denoised([request(defect)])[0] for defect in ("hole", "dent")]
@@ -114,9 +114,67 @@ def test_vera_fits_draws_and_is_read_back(untrained, tmp_path):
     method.save(tmp_path / "model")
     back = SymmetryAware.load(tmp_path / "model", untrained)
     assert torch.equal(back.denoised([request("hole")])[0], drawn[0]), "the same bases, though they are not in the file"
-    for wrong in ({"class_coefficients": False}, {"tie_blocks": 2}):
-        with pytest.raises(ValueError, match="vera is a form of class_coefficients"):
-            SymmetryAwareConfig(vera=True, **wrong)
+
+
+def test_a_lora_a_class_is_what_a_model_a_defect_has(untrained, tmp_path):
+    """As many numbers as DualAnoDiff's adapters for each class, none shared; one SAIM and text encoder for all."""
+    method = fitted(
+        SymmetryAware, SymmetryAwareConfig(**QUICK, adapters="separate"), SHOTS, untrained, tmp_path / "one"
+    )
+    theirs = fitted(DualAnoDiff, DualAnoDiffConfig(**QUICK), SHOTS, untrained, tmp_path / "two").sizes()
+    found, gates = method.sizes(), 6 * len(method.untrained(0).branches.processors)
+    assert found["shared"] == 0 and found["of a class"] == theirs["of a class"]
+    assert 2 * (found["rest"] - gates) == theirs["rest"]
+    drawn = [method.denoised([request(defect)])[0] for defect in ("hole", "dent")]
+    assert not torch.equal(*drawn)
+    method.save(tmp_path / "model")
+    back = SymmetryAware.load(tmp_path / "model", untrained)
+    assert torch.equal(back.denoised([request("hole")])[0], drawn[0])
+    with pytest.raises(ValueError, match="a LoRA for each class has no coefficients to learn a new one by"):
+        back.learn([shot("burn", 0)], seed=0, workdir=tmp_path)
+
+
+def test_defects_of_few_shots_come_again_in_turn(untrained):
+    """Of two, five and one picture every class has five; of equally many all come once, in their order."""
+    names = [*"aabbbbbc"]
+    balanced, as_given = (SymmetryAware(SymmetryAwareConfig(balanced=on), untrained) for on in (True, False))
+    assert balanced.turns(names) == [*range(8), 0, 1, 0, 7, 7, 7, 7]
+    assert as_given.turns(names) == [*range(8)] and balanced.turns([*"abba"]) == [0, 1, 2, 3]
+
+
+def test_a_class_is_trained_as_often_with_few_shots(untrained, tmp_path, monkeypatch):
+    """Two shots of one defect beside four of another: either makes half of all rows over whole epochs."""
+    from defectlib.methods import pairs
+
+    shots, seen = [*SHOTS[:2], *SHOTS[3:], shot("dent", 3)], []
+    given = pairs.dual_loss
+    monkeypatch.setattr(pairs, "dual_loss", lambda *a, **k: seen.extend(k["classes"].tolist()) or given(*a, **k))
+    rows = 2 * 4 * 4  # four shots of each of two defects, flipped three ways besides
+    config = SymmetryAwareConfig(**QUICK | {"steps": rows // 4})
+    fitted(SymmetryAware, config, shots, untrained, tmp_path)
+    assert len(seen) == rows and seen.count(0) == seen.count(1)
+
+
+def test_departures_rest_where_the_loss_does_not_pull(untrained, tmp_path):
+    """In the first step B is zero, and with it their gradient; shrinkage then takes its share and no more."""
+    for shrinkage in (0.0, 0.5):
+        config = SymmetryAwareConfig(**ONE_STEP, shrinkage=shrinkage)
+        method = fitted(SymmetryAware, config, SHOTS[:3], untrained, tmp_path / str(shrinkage))
+        start = method.untrained(0).trained_state()
+        own = [name for name in start if name.endswith(".departure")]
+        left = 1 - ONE_STEP["learning_rate"] * shrinkage
+        assert own and all(torch.allclose(method.states["all"][name], left * start[name], rtol=1e-6) for name in own)
+
+
+def test_only_the_classes_of_a_batch_pull_at_their_departures(whole):
+    dual = whole.untrained(0)
+    dual.set_trained(whole.states["all"])
+    base = whole.backbone
+    noisy = torch.randn(4, *base.latent_shape(64), generator=torch.Generator().manual_seed(0))
+    text = base.embed(["a vfx with sks"] * 2 + ["sks"] * 2)
+    dual.branches(noisy, torch.tensor(500), text, classes=torch.tensor([1, 1])).square().mean().backward()
+    pulls = torch.stack([layer.departure.grad.abs().sum(1) for layer in scaled_layers(dual)])
+    assert (pulls[:, 0] == 0).all() and (pulls[:, 1] > 0).all()
 
 
 def test_what_is_few_moves_by_its_own_rate(untrained, tmp_path):
@@ -143,7 +201,7 @@ def test_between_two_defects_lie_both_ends(whole):
     assert (images[1] - ends[0]).abs().max() > 1e-3 and (images[1] - ends[1]).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("form", [{}, {"tie_blocks": 2}, {"vera": True}])
+@pytest.mark.parametrize("form", [{}, {"tie_blocks": 2}, {"adapters": "vera"}])
 def test_a_new_class_is_learned_by_its_coefficients_alone(untrained, tmp_path, form):
     method = fitted(SymmetryAware, SymmetryAwareConfig(**QUICK, **form), SHOTS, untrained, tmp_path / "fit")
     drawn, before = method.denoised([request("hole")])[0], method.states["all"]
@@ -205,7 +263,7 @@ def test_bad_input_is_one_sentence(whole, untrained, tmp_path):
     with pytest.raises(ValueError, match="is not fitted: a new class needs the bases of others"):
         shared.learn([shot("burn", 0)], **where)
     shared.states = {"all": {}}
-    with pytest.raises(ValueError, match="one LoRA for all classes has none to add to"):
+    with pytest.raises(ValueError, match="one LoRA for all classes has no coefficients to learn a new one by"):
         shared.learn([shot("burn", 0)], **where)
     with pytest.raises(ValueError, match="has learned 'hole' already; it knows hole, dent"):
         whole.learn([shot("hole", 0)], **where)
@@ -216,8 +274,8 @@ def test_bad_input_is_one_sentence(whole, untrained, tmp_path):
     assert list(whole.areas) == ["hole", "dent"]
     with pytest.raises(ValueError, match="3 blocks do not divide rank 4"):
         SymmetryAwareConfig(**QUICK, tie_blocks=3)
-    with pytest.raises(ValueError, match="tie_blocks are of class_coefficients"):
-        SymmetryAwareConfig(**QUICK, tie_blocks=2, class_coefficients=False)
+    with pytest.raises(ValueError, match="tie_blocks are of the adapters 'csb', not of 'shared'"):
+        SymmetryAwareConfig(**QUICK, tie_blocks=2, adapters="shared")
     whole.save(tmp_path)
     text = (tmp_path / "method.json").read_text()
     for other in ('"dent": [0.1, 0.2], "burn": [', '"burn": ['):  # one class more, and as many of another name

@@ -61,7 +61,7 @@ def test_gates_are_told_in_the_order_of_a_pass(model):
 
 
 def test_of_vera_vectors_are_told(model):
-    parts = multiclass.moved(model(lambda name, v: v, vera=True, gates=None), 3)["part"]
+    parts = multiclass.moved(model(lambda name, v: v, adapters="vera", gates=None), 3)["part"]
     assert list(parts) == ["vectors of VeRA"]
 
 
@@ -72,7 +72,8 @@ def test_gates_lean_to_the_end_where_they_are_higher(model):
     layers = found.loc["background", "layers"]
     assert 0 < found.loc["background", "higher"] == layers < found.loc["fusion", "layers"]
     assert found.loc["interaction", "higher"] == found.loc["fusion", "higher"] == 0
-    assert multiclass.leaning(multiclass.gates(model(lambda name, v: v), 3))["higher"].eq(0).all()
+    assert found.loc["fusion", "lower"] == found.loc["fusion", "layers"] and found.loc["background", "lower"] == 0
+    assert multiclass.leaning(multiclass.gates(model(lambda name, v: v), 3))[["higher", "lower"]].eq(0).all(None)
 
 
 def test_what_samples_are_taken_for_is_summed_over_seeds():
