@@ -217,15 +217,18 @@ def test_gradient_checkpointing_changes_no_gradient(untrained):
     assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-7) for a, b in zip(*grads, strict=True))
 
 
+@pytest.mark.parametrize("form", ["csb", "separate", "vera", None])
 @pytest.mark.parametrize("compensation", [False, True])
-def test_a_step_in_bfloat16(untrained, compensation):
+def test_a_step_in_bfloat16(untrained, compensation, form):
     noisy, text = rows(untrained)
-    branches = disturbed(BranchUNet(untrained.unet, 4, 0, compensation=compensation))
+    several = {"classes": 2, "form": form, "gates": "prior"} if form else {}
+    branches = disturbed(BranchUNet(untrained.unet, 4, 0, compensation=compensation, **several))
+    classes = torch.tensor([1, 0]) if form else None
     with torch.autocast("cpu", torch.bfloat16):
         background = None
         if compensation:
             background = branches.background_features(normal(2, 12, 16, 16), STEP, untrained.embed([""] * 2))
-        branches(noisy, STEP, text, background).float().square().mean().backward()
+        branches(noisy, STEP, text, background, classes).float().square().mean().backward()
     assert all(p.grad.isfinite().all() for p in branches.parameters() if p.grad is not None)
     q, k, v = (normal(4, 5, 8, seed=i) for i in range(3))
     assert pair_attention(q, k, v.bfloat16()).dtype == torch.bfloat16, "a sum in float32 does not spread"

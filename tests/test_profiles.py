@@ -13,7 +13,9 @@ def test_shipped_profiles_are_valid():
 
 
 def test_unknown_profile_lists_the_known():
-    with pytest.raises(ValueError, match="no profile 'demp'.*demo, longer, multiclass, paper, smoke"):
+    with pytest.raises(
+        ValueError, match="no profile 'demp'.*demo, longer, multiclass, paper, paper_multiclass, paper_symmetry, smoke"
+    ):
         profiles.load("demp")
 
 
@@ -50,6 +52,15 @@ def test_a_profile_extends_another(tmp_path, monkeypatch):
     (folder / "demo.yaml").write_text((folder / "demo.yaml").read_text().replace("max_normals: 60", "max_normals: -1"))
     with pytest.raises(ValueError, match="demo.yaml.*max_normals"):
         profiles.load("symmetry")
+
+
+@pytest.mark.parametrize("name", ["symmetry", "multiclass"])
+def test_at_paper_scale_are_the_same_rows(name):
+    """By name and by what they change, but for background compensation, which has its own values there."""
+    small, large = (profiles.load(one).variants for one in (name, f"paper_{name}"))
+    assert list(small) == list(large)
+    assert all(small[n] == large[n] for n in small if "compensated" not in n)
+    assert profiles.load(f"paper_{name}").methods == profiles.load("paper").methods
 
 
 def test_longer_is_demo_with_three_times_the_steps_for_what_draws_whole_images():

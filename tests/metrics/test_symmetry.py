@@ -88,7 +88,8 @@ def test_any_mask_on_an_object_stands_out_of_even_ground():
 def test_the_summary_by_hand():
     found = symmetry.pd.DataFrame({
         "kind": ["mirror"] * 9 + ["turn", "turn"], "correlation": 0.5, "inside": 2.0, "outside": 1.0, "ratio": 2.0,
-        "on_normals": 1.0, "beyond": [1.0, 2, 3, 4, 5, 6, 7, 8, 9, np.inf, 4.0], "category": "nut", "defect": ["a"] * 9 + ["b"] * 2,
+        "on_normals": 1.0, "beyond": [1.0, 2, 3, 4, 5, 6, 7, 8, 9, np.inf, 4.0], "category": "nut",
+        "defect": ["a"] * 9 + ["b"] * 2,
     })  # fmt: skip
     table = symmetry.summary(found, ["category", "defect"]).loc["nut"]
     assert table["images"].tolist() == [9, 2] and table["symmetries"].tolist() == ["mirror 9", "turn 2"]
