@@ -363,13 +363,16 @@ def open_category(parameters: Parameters) -> Study:
 
 
 def _shows_objects(s: Study) -> bool:
-    """Whether all normals, and a shot of every defect, show a background beside their object; asked once a process."""
-    key = s.root, s.data_key(s.seeds[0])
-    if key not in _objects:
-        alone = {shot.defect for shot in s.shots(s.seeds[0]) if not trimap.foreground(shot.image).all()}
-        normals = s.normals(s.seeds[0])
-        _objects[key] = alone == set(s.defects) and not any(bool(trimap.foreground(image).all()) for image in normals)
-    return _objects[key]
+    """Whether all normals, and a shot of every defect, show a background beside their object, under every seed's split.
+
+    It is asked once a process.
+    """
+    for seed in s.seeds:
+        if (key := (s.root, s.data_key(seed))) not in _objects:
+            alone = {shot.defect for shot in s.shots(seed) if not trimap.foreground(shot.image).all()}
+            filled = any(bool(trimap.foreground(image).all()) for image in s.normals(seed))
+            _objects[key] = alone == set(s.defects) and not filled
+    return all(_objects[s.root, s.data_key(seed)] for seed in s.seeds)
 
 
 _objects: dict[tuple, bool] = {}

@@ -402,6 +402,14 @@ print(
     ", ".join(f"{part} {n:,}" for part, n in counts.items())
     + f"; the frozen UNet {sum(w.numel() for w in pair.backbone.unet.parameters()):,}"
 )
+text_encoder = sum(v.numel() for name, v in next(iter(pair.states.values())).items() if "text_encoder" in name)
+added = [
+    BranchUNet(pair.backbone.unet, pair.config.rank, seed, compensation=True, released=form).counts()["BCM"]
+    for form in (False, True)
+]
+print(
+    f"LoRA of the text encoder {text_encoder:,}; BCM, where it is asked for, {added[0]:,} more (as released {added[1]:,})"
+)
 
 # %% [markdown]
 # ### What each branch sees along the denoising

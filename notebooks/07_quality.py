@@ -51,7 +51,8 @@ import pandas as pd
 import torch
 
 from defectlib import backbone, judges, params, sampling, stages, study
-from defectlib.metrics import features, quality, symmetry
+from defectlib.masks.extraction import extract
+from defectlib.metrics import features, quality, regions, symmetry
 from defectlib.report import explorer, figures, layout, tables
 
 p = params.read(globals())
@@ -126,8 +127,8 @@ pd.DataFrame([json.loads(text) for text in first["protocol"]], index=first["metr
 method, seed, defect = s.methods[0], s.seeds[0], s.defects[0]
 drawn = [item.image for item in sampling.load(s.folder(method, seed).path, defect)]
 real = s.real(defect, seed)
-extract = features.load(s.settings.quality.extractor)
-f_drawn, f_real = extract(drawn), extract(real)
+extractor = features.load(s.settings.quality.extractor)
+f_drawn, f_real = extractor(drawn), extractor(real)
 spread = quality.subset_spread(f_real, f_drawn, repeats=20, seed=0)
 figure = figures.spread(spread, x="n", y="kid", hue="pair")
 figures.save(figure, folder, f"kid_spread_{s.category}", spread)
@@ -178,6 +179,23 @@ for source, items in looked_at.items():
         rows += [[source, d, iou] for d, iou in zip(names, found)]
 seen = pd.DataFrame(rows, columns=["source", "defect", "IoU"])
 seen.groupby(["defect", "source"], sort=False)["IoU"].agg(["count", "mean", "median"]).round(3)
+
+# %% [markdown]
+# A mask that is read off an anomaly part can be no better than the part. How much of the shots' own masks is read off their perfect
+# parts (the image times its mask, on mid-grey), and off those once they went through the autoencoder, as every drawn part does:
+# the ceiling of what DualAnoDiff and the symmetry-aware system can reach, as IoU.
+
+# %%
+few = s.shots(seed)
+through = base.decode(base.encode(torch.stack([shot.image * shot.mask for shot in few])))
+ceiling = pd.DataFrame(
+    [
+        [shot.defect, *(regions.mask_iou(extract(part).mask, shot.mask) for part in (shot.image * shot.mask, lossy))]
+        for shot, lossy in zip(few, through)
+    ],
+    columns=["defect", "off the part itself", "through the autoencoder"],
+)
+ceiling.groupby("defect", sort=False).mean().round(2)
 
 # %% [markdown]
 # ## Do drawn defects break what real ones break?

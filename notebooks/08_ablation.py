@@ -140,7 +140,8 @@ else:
 # %% [markdown]
 # ## The same requests, drawn by each
 #
-# Columns are the same seeds, hence the same normals; where the source of masks is the one that changed, the masks differ.
+# Columns are the same seeds, hence the same normals; where the source of masks is the one that changed, the masks differ, and
+# a method that draws its masks itself may have drawn a pair again, from other noise.
 
 # %%
 drawn = {
@@ -170,8 +171,8 @@ changes.rename(index=layout.method_title).round(2) if stages_of else "AdaBLDM wa
 # %% [markdown]
 # ## With and without background compensation (DualAnoDiff Fig. 4)
 #
-# Only where the category's images have a background. The background that is read, and pairs of the same seed drawn by the
-# model without and with compensation, each trained by itself.
+# Only where the category's images have a background. The background that is read, and what the models without and with
+# compensation, each trained by itself, draw from the same noise (their first drawings, whether they were kept or not).
 
 # %%
 compensated = "dualanodiff_compensated"
@@ -182,9 +183,8 @@ if compensated in s.variants:
         s.shots(seed), s.normals(seed), n, None, seed, s.prompts(), s.all_defects, group, one_normal_a_group=True
     )
     own = [r for r in plan if r.defect in s.defects and r.seed == r.group]
-    read = [sampling.read_pair(s.folder(m, seed).path, r.seed) for m in ("dualanodiff", compensated) for r in own]
     rows = [[r.normal for r in own], [background(r.normal) for r in own]]
-    rows += [[image for image, _ in read[: len(own)]], [image for image, _ in read[len(own) :]]]
+    rows += [[s.load(m, seed).denoised([r])[0][0] for r in own] for m in ("dualanodiff", compensated)]
     figure = figures.sheet(rows, row_labels=["normal", "background", "without", "with compensation"])
     figures.save(figure, folder, f"dualanodiff_fig_4_{s.category}")
     display(figure)

@@ -48,7 +48,7 @@ figures_root = None
 import numpy as np
 import pandas as pd
 
-from defectlib import evaluation, learning, params, study
+from defectlib import evaluation, learning, params, sampling, study
 from defectlib.metrics import regions
 from defectlib.report import ablation, claims, figures, layout, tables
 
@@ -94,6 +94,21 @@ figure = figures.compare(shown) if tested else None
 if tested:
     figures.save(figure, folder, f"downstream_{s.category}", scores)
 figure
+
+# %% [markdown]
+# ### What the localiser learned from
+#
+# A pair whose mask is empty, full, or of a size that no real one has is left out: it would teach a defect that is none. How many
+# were used of those drawn, summed over the seeds. A localiser that had none of a defect is scored on it all the same.
+
+# %%
+drawn = pd.DataFrame(
+    [(m, item.defect, sampling.teaches(item)) for m in rows if m != study.SHOTS_ONLY for seed in s.seeds
+     for item in sampling.load(s.folder(m, seed).path, limit=s.n_used(m))],
+    columns=["method", "defect", "used"],
+)  # fmt: skip
+used = drawn.groupby(["method", "defect"], sort=False)["used"].agg(lambda own: f"{own.sum()} of {len(own)}")
+used.unstack("defect").reindex(rows[1:])
 
 # %% [markdown]
 # ### Defect by defect

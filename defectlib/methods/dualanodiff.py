@@ -20,7 +20,11 @@ scheduler             the base model's noise schedule, DDIM       PNDM
 background pass       the frozen base with an empty prompt, no    the UNet that is trained, with gradients
                       gradient; one noise for all samples
 unconditional rows    the same background as conditional ones     latents of a zero image
-crops                 off; a fixed set a shot where asked for      resized and cropped anew each time
+crops                 off (``paper``: three a shot); a fixed set   resized and cropped anew each time
+latents               the mean of the VAE's posterior              a draw of it
+a pair is kept        with a mask of half to twice the shots'      always
+                      area, else drawn again
+normal images         as many as ``max_normals``; one a group      the first third; one for 50 samples
 flips                 of every category, unless switched off      none for "cable"
 mask                  the part's departure from grey              U^2-Net on the part, at 0.5
 ====================  ==========================================  =======================================
@@ -46,6 +50,12 @@ class DualAnoDiffConfig(PairConfig):
     """
 
     released: bool = False
+
+    @classmethod
+    def compensated(cls, **changes) -> DualAnoDiffConfig:
+        """With BCM, and what the paper sets beside it: batch 2, 50 steps, guidance 2.0."""
+        beside = {"train_batch_size": 2, "num_inference_steps": 50, "guidance_scale": 2.0}
+        return cls(**{"compensation": True} | beside | changes)
 
     @classmethod
     def as_released(cls, **changes) -> DualAnoDiffConfig:

@@ -113,7 +113,8 @@ class PairMethod:
         """Train one model a group of defects; the prompts are DualAnoDiff's, so ``prompts`` changes nothing.
 
         A shot off whose part no mask can be read is left out: its mask covers most of the image's border, or what it
-        shows is as grey as the ground of parts. ``left_out`` counts them by defect.
+        shows is as grey as the ground of parts. So is, with compensation, one that shows no background. ``left_out``
+        counts them by defect.
 
         Raises:
             ValueError: There is no shot, all shots of a defect would be left out, a shot's mask covers the whole image,
@@ -152,7 +153,8 @@ class PairMethod:
                     "window) or the defect is as grey as the ground of parts"
                 )
         for defect, own in by_defect.items() if self.config.compensation else ():
-            if all(foreground(shot.image).all() for shot in own):
+            by_defect[defect] = [shot for shot in own if not foreground(shot.image).all()]
+            if not by_defect[defect]:
                 raise ValueError(
                     f"compensation needs a background, and in the shots of {own[0].category}/{defect} the surface "
                     "fills the frame: set compensation to false"

@@ -15,10 +15,11 @@ KINDS = frozenset(
 COLUMNS = ["dataset", "category", "method", "metric", "reproduced", "sd", "n"]
 NOTE = (
     "Means over the defects of a category within a seed, then over seeds, with the standard deviation over seeds; "
-    "defects whose number is withheld are left out, and a number in brackets is how many seeds it rests on where those "
-    "are fewer than the title says. The profile says which rows downstream models are trained on; a filtered row is of "
-    "the better part of its method's samples, and IS rises with their number. Taken for its class: by a classifier of "
-    "the real shots. Mask on defect: the IoU with what a localiser of the real shots finds."
+    "defects whose number is withheld for any seed are left out, so that all seeds are of the same defects. Where that "
+    "leaves none, those known for most seeds stand, and a number in brackets is how many seeds they are. The profile "
+    "says which rows downstream models are trained on; a filtered row is of the better part of its method's samples, "
+    "and IS rises with their number. Taken for its class: by a classifier of the real shots. Mask on defect: the IoU "
+    "with what a localiser of the real shots finds."
 )
 
 
@@ -38,7 +39,7 @@ def build(results: pd.DataFrame) -> pd.DataFrame:
     rows = checked(results)
     kinds = rows["metric"].map(published.kind)
     rows = rows.assign(value=pd.to_numeric(rows["value"]) * kinds.map(scale))[kinds.isin(KINDS)]
-    per_seed = rows.groupby([*COLUMNS[:4], "seed"], sort=False)["value"].mean().dropna()
+    per_seed = _known(rows).groupby([*COLUMNS[:4], "seed"], sort=False)["value"].mean().dropna()
     table = per_seed.groupby(level=COLUMNS[:4], sort=False).agg(["mean", "std", "count"]).reset_index()
     table.columns = COLUMNS
     place = {
@@ -50,6 +51,13 @@ def build(results: pd.DataFrame) -> pd.DataFrame:
     table = table.assign(**place).sort_values(by, kind="stable", ignore_index=True)[COLUMNS]
     table.attrs = {"name": NAME, "title": "Methods and variants.", "caption": "Methods and variants.", "note": NOTE}
     return table
+
+
+def _known(rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows of those defects whose number is known for as many seeds as that of any other of the category."""
+    rows = rows.assign(known=rows["value"].notna(), defect=rows["defect"].fillna(""))
+    times = rows.groupby([*COLUMNS[:4], "defect"], sort=False)["known"].transform("sum")
+    return rows[times == times.groupby([rows[name] for name in COLUMNS[:4]], sort=False).transform("max")]
 
 
 def _place(method: str) -> int:

@@ -53,6 +53,8 @@ CAPTIONS = {
     "grey, the mask read off it, and the mask on the image.",
     "dualanodiff_interaction": "DualAnoDiff: the same noise with interaction (SAIM) and with it taken out.",
     "dualanodiff_attention": "DualAnoDiff, as in its Fig. 3: cross-attention to the prompts' words in both branches.",
+    "fig_5_pairs": "As in DualAnoDiff Fig. 5: of every defect the first kept pair, its image, its anomaly part, the "
+    "mask read off it, and the mask on the image; below, at which drawing it was kept and at which threshold cut.",
     "loss_curves": "The loss of every method that learns, over the steps of its fit.",
     "fig_5_ablation": "Every method with one part changed at a time, for the same seeds; masks outlined.",
     "dualanodiff_fig_4": "As in DualAnoDiff Fig. 4: a normal image, the background that is read of it, and pairs "
@@ -92,7 +94,7 @@ CAPTIONS = {
 }  # fmt: skip
 # Drawn by the notebooks whose unit is a data set: for the first category of a batch only.
 OF_FIRST_CATEGORY = frozenset({
-    "fig_1_starting_point", "mask_area", "symmetry", "crop_paste_steps", "crop_paste_on_off", "defectsynth_blending",
+    "fig_1_starting_point", "mask_area", "crop_paste_steps", "crop_paste_on_off", "defectsynth_blending",
     "defectsynth_alignment", "defectsynth_weights", "defectsynth_weight_maps", "defectsynth_on_off",
     "defectsynth_fusion", "dualanodiff_branches", "dualanodiff_pairs", "dualanodiff_interaction",
     "dualanodiff_attention", "adabldm_fig_1_styles", "adabldm_fig_2_network", "adabldm_fig_3_stages",

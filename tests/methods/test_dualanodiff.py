@@ -4,13 +4,15 @@ import numpy as np
 import pytest
 import torch
 
-from defectlib import sampling
+from defectlib import profiles, sampling
 from defectlib.augmentation import background, crop_box, training_pictures
+from defectlib.branches import dual_loss
 from defectlib.diffusion import noise_like
 from defectlib.images import TURNS
 from defectlib.masks.extraction import extract
 from defectlib.methods import pairs
 from defectlib.methods.dualanodiff import DualAnoDiff, DualAnoDiffConfig
+from defectlib.training import FitSettings
 from defectlib.types import Request, Shot
 
 QUICK = {"steps": 2, "train_batch_size": 2, "rank": 4, "num_inference_steps": 2, "batch_size": 2}
@@ -117,10 +119,70 @@ def test_guidance_moves_each_branch_from_the_empty_prompt_to_its_own(untrained, 
     assert (prompted - without).abs().max() > 1e-3, "and the prompts tell"
 
 
-def test_the_text_encoder_learns_too(fit):
-    quiet, loud = fit(learning_rate=1e-8).states["hole"], fit(learning_rate=1e-2).states["hole"]
-    moved = [name for name in loud if "text_encoder" in name and not torch.allclose(loud[name], quiet[name], atol=1e-4)]
-    assert any("lora_A" in name for name in loud if "text_encoder" in name) and moved
+def test_the_text_encoder_learns_too(fit, untrained):
+    """A and B of four projections a layer, of the rank that was asked for, and every B has left zero."""
+    learned = {name: v for name, v in fit(learning_rate=1e-2).states["hole"].items() if "text_encoder" in name}
+    projections = 4 * untrained.text_encoder.config.num_hidden_layers
+    down, up = ([v for name, v in learned.items() if f"lora_{half}" in name] for half in "AB")
+    assert len(down) == len(up) == projections and len(learned) == 2 * projections
+    assert all(len(v) == QUICK["rank"] for v in down) and all(v.abs().max() > 0 for v in up)
+
+
+def test_the_papers_values():
+    """Section 4.1 of the paper; with BCM batch 2, 50 steps and guidance 2.0; 500 images a type."""
+    config, beside = DualAnoDiffConfig(), DualAnoDiffConfig.compensated()
+    assert (config.steps, config.train_batch_size, config.learning_rate, config.rank) == (5000, 4, 2e-5, 32)
+    assert (config.num_inference_steps, config.guidance_scale, config.schedule) == (100, 2.5, "constant")
+    assert (beside.train_batch_size, beside.num_inference_steps, beside.guidance_scale) == (2, 50, 2.0)
+    assert beside.compensation and not config.compensation and config.interaction and config.flips
+    assert FitSettings(steps=1, batch_size=1, learning_rate=1).max_grad_norm == 1.0
+    paper = profiles.load("paper")
+    assert DualAnoDiffConfig(**paper.methods["dualanodiff"]).fit_values() == DualAnoDiffConfig(crops=3).fit_values()
+    variant = paper.methods["dualanodiff"] | paper.variants["dualanodiff_compensated"].config
+    assert DualAnoDiffConfig(**variant) == DualAnoDiffConfig.compensated(crops=3, batch_size=2)
+    assert paper.sample.n_of["dualanodiff"] == 500
+
+
+def test_the_loss_by_hand(untrained, monkeypatch):
+    """One timestep a pair, noise of its own for each branch, the mean over both, image rows first."""
+    method = DualAnoDiff(DualAnoDiffConfig(**QUICK), untrained)
+    dual, seen = method.untrained(0), {}
+    clean = {
+        name: torch.randn(3, 12, 16, 16, generator=torch.Generator().manual_seed(k))
+        for k, name in enumerate(("image", "part"))
+    }
+
+    def forward(noisy, timesteps, text, *_):
+        seen.update(noisy=noisy, timesteps=timesteps, text=text)
+        return torch.zeros_like(noisy)
+
+    monkeypatch.setattr(dual.branches, "forward", forward)
+    found = dual_loss(dual, untrained, clean, torch.Generator().manual_seed(7))
+    again = torch.Generator().manual_seed(7)
+    scheduler = untrained.scheduler
+    timesteps = torch.randint(scheduler.config.num_train_timesteps, (3,), generator=again)
+    noise = torch.cat([torch.randn(3, 12, 16, 16, generator=again) for _ in range(2)])
+    both = torch.cat([clean["image"], clean["part"]])
+    assert torch.equal(seen["timesteps"], timesteps.repeat(2)) and len(set(timesteps.tolist())) > 1
+    assert torch.allclose(seen["noisy"], scheduler.add_noise(both, noise, timesteps.repeat(2)))
+    image, part, _ = dual.text()
+    assert torch.equal(seen["text"], torch.stack([image] * 3 + [part] * 3)) and not torch.equal(image, part)
+    velocity = scheduler.config.prediction_type == "v_prediction"
+    target = scheduler.get_velocity(both, noise, timesteps.repeat(2)) if velocity else noise
+    assert found == pytest.approx(target.square().mean().item(), rel=1e-5)
+
+
+def test_pictures_are_encoded_once(untrained, tmp_path, monkeypatch):
+    """All flips of all shots in one call a branch, before the first step."""
+    calls = []
+    given = DualAnoDiff._encode
+    monkeypatch.setattr(
+        DualAnoDiff, "_encode", lambda self, x, name: calls.append((name, len(x))) or given(self, x, name)
+    )
+    DualAnoDiff(DualAnoDiffConfig(**QUICK | {"steps": 5}), untrained).fit(
+        SHOTS, [], prompts={}, seed=0, workdir=tmp_path
+    )
+    assert calls == [("image", 4 * len(SHOTS)), ("part", 4 * len(SHOTS))]
 
 
 def test_backgrounds_are_scaled_as_images_but_as_released_not(fit, untrained):
