@@ -161,26 +161,25 @@ figure
 # ## Pairs that are drawn together (DualAnoDiff Fig. 5)
 #
 # Of every defect the first pair that a method kept, from its files: the image, the anomaly part, the mask read off the part, and the
-# mask on the image. Below stand the drawing at which it was kept (one with a flaw is drawn again, with a bound), the threshold and what
-# set it, and the flaw that was left, if any.
+# mask on the image. Beside it stand the drawing at which it was kept (one with a flaw is drawn again, with a bound), the threshold and
+# what set it, and the flaw that was left, if any.
 
 # %%
 together = [m for m in s.methods if s.method_of(m).makes_masks and s.method_of(m).needs_backbone]
-rows, labels, outlines, captions = [], [], [], []
+rows, labels, outlines = [], [], []
 for m in together:
     told = reports[m, seed].drop_duplicates("defect")
     for row in told.itertuples():
         (image, mask), kept = sampling.read_pair(s.folder(m, seed).path, row.seed), s.folder(m, seed).path
         rows.append([image, images.read_image(sampling.part_file(kept, row.seed)), mask, image])
-        labels.append(f"{layout.method_title(m)}\n{row.defect}")
+        flaw = f"\n{row.flaw}" if row.flaw else ""
+        cut = f"{float(row.threshold):.2f} ({row.threshold_by})"
+        labels.append(f"{layout.method_title(m)}\n{row.defect}\ndrawing {row.drawing}, cut at {cut}{flaw}")
         outlines.append([None, None, None, mask])
-        captions.append(
-            [f"drawing {row.drawing}", "", f"cut at {float(row.threshold):.2f} ({row.threshold_by})", row.flaw]
-        )
 if together:
     figure = figures.sheet(
         rows, row_labels=labels, column_labels=["image", "part", "mask", "overlay"], outline_masks=outlines,
-        captions=captions, scale=96 / s.size,
+        scale=80 / s.size,
     )  # fmt: skip
     figures.save(figure, folder, f"fig_5_pairs_{s.category}")
 figure if together else "No method here draws its masks together with its images."

@@ -54,7 +54,7 @@ CAPTIONS = {
     "dualanodiff_interaction": "DualAnoDiff: the same noise with interaction (SAIM) and with it taken out.",
     "dualanodiff_attention": "DualAnoDiff, as in its Fig. 3: cross-attention to the prompts' words in both branches.",
     "fig_5_pairs": "As in DualAnoDiff Fig. 5: of every defect the first kept pair, its image, its anomaly part, the "
-    "mask read off it, and the mask on the image; below, at which drawing it was kept and at which threshold cut.",
+    "mask read off it, and the mask on the image; beside it, at which drawing it was kept and at which threshold cut.",
     "loss_curves": "The loss of every method that learns, over the steps of its fit.",
     "fig_5_ablation": "Every method with one part changed at a time, for the same seeds; masks outlined.",
     "dualanodiff_fig_4": "As in DualAnoDiff Fig. 4: a normal image, the background that is read of it, and pairs "
