@@ -153,7 +153,7 @@ for defect in s.defects:
         rows += [parts or [item.mask for item in drawn], [item.image for item in drawn]]
         labels += [f"{defect}\n{'part' if parts else 'mask'}", f"{defect}\n{layout.method_title(method)}"]
         outlines += [[None] * len(drawn), [item.mask if parts else None for item in drawn]]
-figure = figures.sheet(rows, row_labels=labels, outline_masks=outlines, scale=96 / s.size)
+figure = figures.sheet(rows, row_labels=labels, outline_masks=outlines, scale=80 / s.size)
 figures.save(figure, folder, f"fig_3_generated_{s.category}")
 figure
 
