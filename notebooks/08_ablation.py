@@ -184,7 +184,9 @@ if compensated in s.variants:
     )
     own = [r for r in plan if r.defect in s.defects and r.seed == r.group]
     rows = [[r.normal for r in own], [background(r.normal) for r in own]]
-    rows += [[s.load(m, seed).denoised([r])[0][0] for r in own] for m in ("dualanodiff", compensated)]
+    for m in ("dualanodiff", compensated):
+        fitted = s.load(m, seed)
+        rows.append([fitted.denoised([r])[0][0] for r in own])
     figure = figures.sheet(rows, row_labels=["normal", "background", "without", "with compensation"])
     figures.save(figure, folder, f"dualanodiff_fig_4_{s.category}")
     display(figure)
