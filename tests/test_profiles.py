@@ -63,7 +63,7 @@ def test_at_paper_scale_are_the_same_rows(name):
     assert profiles.load(f"paper_{name}").methods == profiles.load("paper").methods
 
 
-def test_longer_is_demo_with_three_times_the_steps_for_what_draws_whole_images():
+def test_longer_is_demo_with_ten_times_the_steps_for_what_draws_whole_images():
     longer, demo = profiles.load("longer").model_dump(), profiles.load("demo").model_dump()
     assert {name for name in demo if demo[name] != longer[name]} == {
         "profile",
@@ -73,7 +73,7 @@ def test_longer_is_demo_with_three_times_the_steps_for_what_draws_whole_images()
         "downstream",
     }
     for name, ours in longer["methods"].items():
-        times = 3 if name in ("dualanodiff", "symmetry_aware") else 1
+        times = 10 if name in ("dualanodiff", "symmetry_aware") else 1
         assert ours == demo["methods"][name] | ({"steps": times * demo["methods"][name]["steps"]} if times > 1 else {})
 
 
