@@ -51,7 +51,7 @@ from defectlib.branches import BRANCHES, PROMPTS, BranchUNet
 from defectlib.control import embedded_once, steered
 from defectlib.masks import alignment, saliency, sources, trimap
 from defectlib.masks import random as random_masks
-from defectlib.masks.extraction import extract
+from defectlib.masks.extraction import extract, ground
 from defectlib.methods import base, crop_paste
 from defectlib.metrics import regions
 from defectlib.report import figures
@@ -444,19 +444,21 @@ figure
 # %% [markdown]
 # ### From part to mask
 #
-# The departure of the part from mid-grey (white is the whole range) is split by Otsu's threshold, never below a floor, and
-# small specks are dropped. The threshold stands with every mask, in its file and in `samples.csv`. A defect nearer to
-# mid-grey than the floor cannot be seen in a part, nor the weaker tone of a strong one: how much of the real masks is
-# found again in the shots' own parts is the ceiling.
+# A drawn part's ground is a little lighter or darker than the mid-grey it was trained with, so it is read off the part's
+# border (the median; further off than `tint` it is no ground, and the mask is full). The departure from it (white is the
+# whole range) is split by Otsu's threshold, never below a floor, and small specks are dropped. Threshold and tint stand with
+# every mask, in its file and in `samples.csv`. A defect nearer to the ground than the floor cannot be seen in a part, nor
+# the weaker tone of a strong one: how much of the real masks is found again in the shots' own parts is the ceiling.
 
 # %%
 rows, outlines = [], []
 for r in wanted:
     (image,), (part,) = pair.denoised([r])
-    found = extract(part, pair.config.floor)
-    rows.append([image, part, part.abs().amax(0, keepdim=True), found.mask, image])
+    found = extract(part, pair.config.floor, tint=pair.config.tint)
+    rows.append([image, part, (part - ground(part)).abs().amax(0, keepdim=True), found.mask, image])
     outlines.append([None] * 4 + [found.mask])
-    print(f"{r.defect}: cut at {found.threshold:.3f}, set by {found.by}; {found.mask.float().mean():.1%} of the image")
+    cut = f"cut at {found.threshold:.3f}, set by {found.by}, its ground off by {found.tint:.3f}"
+    print(f"{r.defect}: {cut}; {found.mask.float().mean():.1%} of the image")
 figure = figures.sheet(
     rows, row_labels=[r.defect for r in wanted], column_labels=["image", "part", "departure", "mask", "overlay"],
     outline_masks=outlines, scale=128 / s.size,

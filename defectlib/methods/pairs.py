@@ -28,7 +28,7 @@ from defectlib.backbone import ENCODE_BATCH, Backbone
 from defectlib.branches import Dual, dual_loss
 from defectlib.branches.classes import OWN
 from defectlib.diffusion import denoise, noise_like
-from defectlib.masks.extraction import FLOOR, extract
+from defectlib.masks.extraction import FLOOR, TINT, extract
 from defectlib.masks.interpolation import area_of, flaws
 from defectlib.masks.trimap import foreground
 from defectlib.methods.base import MethodConfig, require_base, require_fitted_on
@@ -55,14 +55,22 @@ class PairConfig(MethodConfig):
         flips: Also train on every shot mirrored both ways and turned by half.
         crops: Random square crops a shot that are added to it, the same for image and part, before the flips.
         crop_side: Their least side, as a share of the image's; each holds half of the defect or more.
-        floor: Least departure from grey that is defect, see ``masks.extraction``.
+        floor: Least departure from a part's ground that is defect, see ``masks.extraction``.
+        tint: Most that the ground of a drawn part may be off mid-grey; beyond, its mask is full.
         attempts: Drawings at most until the mask has no flaw: it is neither empty nor full, and its area lies within
             half the least and twice the largest of the defect's shots.
         batch_size: Pairs a call of the model; short batches are padded, so that a sample depends on itself alone.
             At most half of what the VAE takes at once.
     """
 
-    DRAWING: ClassVar[tuple[str, ...]] = ("num_inference_steps", "guidance_scale", "floor", "attempts", "batch_size")
+    DRAWING: ClassVar[tuple[str, ...]] = (
+        "num_inference_steps",
+        "guidance_scale",
+        "floor",
+        "tint",
+        "attempts",
+        "batch_size",
+    )
 
     steps: int = Field(5000, ge=1)
     train_batch_size: int = Field(4, ge=1)
@@ -79,6 +87,7 @@ class PairConfig(MethodConfig):
     num_inference_steps: int = Field(100, ge=1)
     guidance_scale: float = Field(2.5, ge=1)
     floor: float = Field(FLOOR, ge=0, lt=1)
+    tint: float = Field(TINT, ge=0, lt=1)
     attempts: int = Field(4, ge=1)
     batch_size: int = Field(4, ge=1, le=ENCODE_BATCH // 2)
 
@@ -326,8 +335,9 @@ class PairMethod:
         images, parts = self.denoised(requests, attempt)
         samples = []
         for image, part, r in zip(images, parts, requests, strict=True):
-            cut = extract(part, self.config.floor)
-            notes = {"threshold": round(cut.threshold, 4), "threshold_by": cut.by, "drawing": attempt + 1}
+            cut = extract(part, self.config.floor, tint=self.config.tint)
+            notes = {"threshold": round(cut.threshold, 4), "threshold_by": cut.by, "tint": round(cut.tint, 4)}
+            notes["drawing"] = attempt + 1
             notes["flaw"] = self._flaw(cut.mask, self.name_of(r))
             samples.append(Sample(image, cut.mask, r.category, r.defect, r.seed, r.group, notes, part))
         return samples
@@ -424,7 +434,7 @@ class PairMethod:
 
 def _taught(shot: Shot) -> bool:
     """Whether a mask can be read off a shot's part."""
-    found = extract(shot.image * shot.mask, FLOOR)
+    found = extract(shot.image * shot.mask, FLOOR, tint=0)
     return found.by != "border" and bool(found.mask.any())
 
 

@@ -58,3 +58,23 @@ def test_specks_are_dropped_and_second_pieces_stay():
     part = grey()
     part[:, 5:25, 5:25] = part[:, 40:50, 40:50] = part[:, 60, 60] = -0.9
     assert extract(part).mask.sum() == 500
+
+
+@pytest.mark.parametrize("ground", [-0.15, 0.1])
+def test_a_tinted_ground_is_ground_until_it_is_too_far_off_grey(ground):
+    """By channel: what departs is told from the ground as it was drawn, not from mid-grey."""
+    truth = torch.zeros(1, 64, 64, dtype=torch.bool)
+    truth[0, 20:30, 24:50] = True
+    part = grey() + ground * torch.tensor([1.0, 0.5, 0.0])[:, None, None]
+    assert not extract(part).mask.any()
+    part[:, truth[0]] -= 0.4
+    found = extract(part)
+    assert torch.equal(found.mask, truth) and found.tint == pytest.approx(abs(ground), abs=0.01)
+    assert extract(part, tint=0.05).by == "border" and extract(grey() + 0.25).by == "border"
+
+
+def test_a_part_of_a_shot_has_grey_for_ground():
+    """A defect of one tone over most of the border would be taken for a tinted ground, and the rest for the defect."""
+    part = torch.full((3, 64, 64), 0.15)
+    part[:, 20:40, 20:40] = 0
+    assert extract(part).mask.sum() == 400 and extract(part, tint=0).mask.all()
