@@ -445,8 +445,8 @@ figure
 # ### From part to mask
 #
 # A drawn part's ground is a little lighter or darker than the mid-grey it was trained with, so it is read off the part's
-# border (the median; further off than `tint` it is no ground, and the mask is full). The departure from it (white is the
-# whole range) is split by Otsu's threshold, never below a floor, and small specks are dropped. Threshold and tint stand with
+# border (the median; further off than `tint` it is no ground, and the mask is full). The departure from it (white is
+# 1 or more) is split by Otsu's threshold, never below a floor, and small specks are dropped. Threshold and tint stand with
 # every mask, in its file and in `samples.csv`. A defect nearer to the ground than the floor cannot be seen in a part, nor
 # the weaker tone of a strong one: how much of the real masks is found again in the shots' own parts is the ceiling.
 
@@ -455,7 +455,8 @@ rows, outlines = [], []
 for r in wanted:
     (image,), (part,) = pair.denoised([r])
     found = extract(part, pair.config.floor, tint=pair.config.tint)
-    rows.append([image, part, (part - ground(part)).abs().amax(0, keepdim=True), found.mask, image])
+    departure = (part - ground(part)).abs().amax(0, keepdim=True).clamp(max=1)
+    rows.append([image, part, departure, found.mask, image])
     outlines.append([None] * 4 + [found.mask])
     cut = f"cut at {found.threshold:.3f}, set by {found.by}, its ground off by {found.tint:.3f}"
     print(f"{r.defect}: {cut}; {found.mask.float().mean():.1%} of the image")
