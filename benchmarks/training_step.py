@@ -3,15 +3,16 @@
     python benchmarks/training_step.py
 
 Stable Diffusion 1.5's layer sizes with random weights (its public configuration), 128 px, batch 2, float32: about 13
-GB. Both are whole steps of the project's fit loop, AdamW included, in turn on one model. The last line is JSON;
-``ratio`` is ours / reference of the medians, ``loss_diff`` the check: how far the two losses are apart for the same
-items, noise and timesteps. ``larger`` is the same at 256 px, where feature maps are large enough for the convolutions
-to outweigh the weights' way through memory; ``tiny`` with the base model that ships, whose VAE is nearly free. On the
-CPU times are CPU seconds on one thread. Where there is a GPU, ``gpu`` has steps a second and peak memory of our step
-at 512 px there.
+GB, which the process keeps, as torch's own allocator does on a GPU (``KEEP_MEMORY``). Both are whole steps of the
+project's fit loop, AdamW included, in turn on one model. The last line is JSON; ``ratio`` is ours / reference of the
+medians, ``loss_diff`` the check: how far the two losses are apart for the same items, noise and timesteps. ``larger``
+is the same at 256 px, where feature maps are large enough for the convolutions to outweigh the weights' way through
+memory; ``tiny`` with the base model that ships, whose VAE is nearly free. On the CPU times are CPU seconds on one
+thread. Where there is a GPU, ``gpu`` has steps a second and peak memory of our step at 512 px there.
 """
 
 import json
+import os
 import resource
 import statistics
 import sys
@@ -33,6 +34,9 @@ from defectlib.training import FitSettings, fit
 
 SIZE, LARGER, BATCH, ITEMS = 128, 256, 2, 8
 ROUNDS, WARM = 5, 2
+# glibc gives large blocks back to the kernel after each operation and has them cleared again at the next, a third of
+# the time of either form. Read where the process starts; other allocators ignore it.
+KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**36)}
 PROMPTS = ["a metal plate with a hole", "a metal plate with a scratch"] * (ITEMS // 2)
 
 
@@ -139,4 +143,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    if not KEEP_MEMORY.items() <= os.environ.items():
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | KEEP_MEMORY)
     main()
