@@ -54,7 +54,7 @@ from torch.nn.functional import interpolate
 from defectlib import judges, params, published, sampling, stages, study
 from defectlib.augmentation import background
 from defectlib.metrics import quality
-from defectlib.report import figures, layout, multiclass, tables
+from defectlib.report import ablation, figures, layout, multiclass, tables
 
 p = params.read(globals())
 s = study.open_category(p)
@@ -78,7 +78,8 @@ pd.DataFrame(rows, columns=["method", "variant", "what is changed"]).set_index([
 # %% [markdown]
 # ## Quality and time of each
 #
-# Averages over the category's defects and over the seeds; the sd is over the seeds, and `NaN` where there is one.
+# Averages over the category's defects and over the seeds; the sd is over the seeds, and `NaN` where there is one. A defect whose number
+# is withheld for some seed is left out for all, so that seeds differ by what was drawn and not by which defects they are of.
 # KID is times 1,000. A mask's IoU is its largest overlap with a real mask of the defect after the best turn and shift;
 # `NaN`: the method makes its own masks. `mask_seen` is how far the masks lie on what a localiser of the real shots finds in the
 # samples (notebook 7). `class_seen` is the share of a defect's samples that a classifier of the real shots takes for that defect;
@@ -94,7 +95,7 @@ names = [name for family in families for name in family]
 records = {(name, seed): stages.quality(s, name, seed) for name in names for seed in s.seeds}
 results = study.results(p, [s.category])
 asked = results[results["method"].isin(names)]
-seeds = asked.groupby(["method", "metric", "seed"])["value"].mean()
+seeds = ablation.known(asked).groupby(["method", "metric", "seed"])["value"].mean().dropna()
 mean, sd = seeds.groupby(level=[0, 1]).mean().unstack(), seeds.groupby(level=[0, 1]).std().unstack()
 q = s.settings.quality
 measures = [m for m in quality.names(q.extractor, q.perceptual) if published.kind(m) not in ("precision", "recall")]
@@ -359,15 +360,15 @@ layout.view(tables.build(results, "table_7"))
 # %% [markdown]
 # ## What was found
 #
-# A difference counts as seen only where it has the same sign for every seed, and there are at least three.
+# Whether a difference has the same sign for every seed. Three seeds all have by chance one time in four, so this is no test.
 
 # %%
 for name in s.variants:
     v = s.settings.variants[name]
     apart = (seeds[name][kid] - seeds[v.of][kid]) * 1000
-    seen = len(apart) >= 3 and (apart.gt(0).all() or apart.lt(0).all())
+    alike = apart.gt(0).all() or apart.lt(0).all()
     print(f"{name}: KID x 1000 {apart.mean():+.1f} against {v.of} ({', '.join(f'{x:+.1f}' for x in apart)}): "
-          f"{'a difference' if seen else 'not decided'}.")  # fmt: skip
+          f"{'one seed' if len(apart) == 1 else 'every seed alike' if alike else 'seeds disagree'}.")  # fmt: skip
     on_defect = mean.get(judges.MASK_SEEN, pd.Series(dtype=float)).reindex([name, v.of])
     if on_defect.notna().all():
         print("  masks on what a localiser of the shots finds: IoU {:.2f} against {:.2f}.".format(*on_defect))

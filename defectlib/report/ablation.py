@@ -39,7 +39,7 @@ def build(results: pd.DataFrame) -> pd.DataFrame:
     rows = checked(results)
     kinds = rows["metric"].map(published.kind)
     rows = rows.assign(value=pd.to_numeric(rows["value"]) * kinds.map(scale))[kinds.isin(KINDS)]
-    per_seed = _known(rows).groupby([*COLUMNS[:4], "seed"], sort=False)["value"].mean().dropna()
+    per_seed = known(rows).groupby([*COLUMNS[:4], "seed"], sort=False)["value"].mean().dropna()
     table = per_seed.groupby(level=COLUMNS[:4], sort=False).agg(["mean", "std", "count"]).reset_index()
     table.columns = COLUMNS
     place = {
@@ -53,8 +53,15 @@ def build(results: pd.DataFrame) -> pd.DataFrame:
     return table
 
 
-def _known(rows: pd.DataFrame) -> pd.DataFrame:
-    """Rows of those defects whose number is known for as many seeds as that of any other of the category."""
+def known(rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows of those defects whose number is known for as many seeds as that of any other of the category.
+
+    Args:
+        rows: Rows of ``runs.collect()``; those whose number is withheld have no ``value``.
+
+    Returns:
+        Those of the rows, by data set, category, method and measure, whose mean is of the same defects for every seed.
+    """
     rows = rows.assign(known=rows["value"].notna(), defect=rows["defect"].fillna(""))
     times = rows.groupby([*COLUMNS[:4], "defect"], sort=False)["known"].transform("sum")
     return rows[times == times.groupby([rows[name] for name in COLUMNS[:4]], sort=False).transform("max")]
