@@ -49,7 +49,7 @@ from IPython.display import display
 from defectlib import attention, augmentation, backbone, diffusion, params, sampling, stages, study
 from defectlib.branches import BRANCHES, PROMPTS, BranchUNet
 from defectlib.control import embedded_once, steered
-from defectlib.masks import alignment, saliency, sources, trimap
+from defectlib.masks import alignment, saliency, shape, sources, trimap
 from defectlib.masks import random as random_masks
 from defectlib.masks.extraction import extract, ground
 from defectlib.methods import base, crop_paste
@@ -442,6 +442,42 @@ figures.save(figure, folder, f"dualanodiff_branches_{s.category}")
 figure
 
 # %% [markdown]
+# How early it can show: the shots themselves are noised to a level $t$ of 1,000, and both branches say in one step what lies beneath. Of the
+# defect's contrast (to a ring around it; in a part, to mid-grey) the share that is found again, 1 being all, the mean over the shots: drawing goes
+# from left to right. Where a defect is found again only under little noise, it is a detail that need not be drawn; where it comes back in the
+# part sooner than in the image, masks have specks that the image does not show.
+
+
+# %%
+def found_again(shot, levels, seed=0):
+    """For each level: the share of a shot's defect that is in the image, and in the part, which one step makes of noise."""
+    branches, words, noising = pair.dual(shot.defect).branches, pair.dual(shot.defect).text()[:2], model.scheduler
+    noising.set_timesteps(noising.config.num_train_timesteps)
+    pictures = torch.stack([shot.image, shot.image * shot.mask])
+    latents = model.encode(pictures)
+    noise = diffusion.noise_like([seed, seed + 1], latents.shape[1:]).to(latents.device)
+    ring = diffusion.dilated(shot.mask[None], 3)[0, 0] & ~shot.mask[0]
+    grounds = torch.tensor([True, False])[:, None]
+    for t in torch.tensor(levels):
+        noisy = noising.add_noise(latents, noise, t[None])
+        with torch.no_grad():
+            x0 = noising.step(branches(noisy, t.to(noisy.device), words), t, noisy).pred_original_sample
+        real, seen = (
+            x[..., shot.mask[0]] - torch.where(grounds, x[..., ring].mean(-1), 0)[..., None]
+            for x in (pictures, model.decode(x0))
+        )
+        yield ((real * seen).sum((1, 2)) / real.square().sum((1, 2))).tolist()
+
+
+levels = (900, 700, 500, 300, 100)
+rows = [
+    (shot.defect, branch, t, told[k])
+    for shot in shots for t, told in zip(levels, found_again(shot, levels)) for k, branch in enumerate(BRANCHES)
+]  # fmt: skip
+told = pd.DataFrame(rows, columns=["defect", "branch", "t", "share"]).groupby(["defect", "branch", "t"], sort=False)
+told["share"].mean().unstack()[list(levels)].round(2)
+
+# %% [markdown]
 # ### From part to mask
 #
 # A drawn part's ground is a little lighter or darker than the mid-grey it was trained with, so it is read off the part's
@@ -469,7 +505,7 @@ figure
 
 # %%
 ceiling = pd.DataFrame(
-    [[x.defect, regions.mask_iou(extract(x.image * x.mask, pair.config.floor).mask, x.mask)] for x in shots],
+    [[x.defect, regions.mask_iou(extract(x.image * x.mask, pair.config.floor, tint=0).mask, x.mask)] for x in shots],
     columns=["defect", "IoU of a real mask and what is read off its part"],
 )
 ceiling.groupby("defect", sort=False).describe().round(2)
@@ -482,10 +518,11 @@ if saliency.problem():
     print("U²-Net is not here; `python -m defectlib doctor` says how to get it.")
 else:
     network, drawn_parts = saliency.load(), [pair.denoised([r])[1][0] for r in wanted]
-    rows = [[part, extract(part, pair.config.floor).mask, saliency.mask(part, network)] for part in drawn_parts]
+    ours = [extract(part, pair.config.floor, tint=pair.config.tint).mask for part in drawn_parts]
+    rows = [[part, mask, saliency.mask(part, network)] for part, mask in zip(drawn_parts, ours)]
     display(figures.sheet(rows, row_labels=[r.defect for r in wanted], column_labels=["part", "departure", "U²-Net"]))
-    for r, (_, ours, theirs) in zip(wanted, rows):
-        print(f"{r.defect}: IoU of the two masks {regions.mask_iou(ours, theirs)}")
+    for r, (_, mask, theirs) in zip(wanted, rows):
+        print(f"{r.defect}: IoU of the two masks {regions.mask_iou(mask, theirs)}")
 
 # %% [markdown]
 # ### Interaction, on and off
@@ -525,7 +562,9 @@ figure
 # ### Where the words look (Fig. 3)
 #
 # Cross-attention to "a vfx with" and to "sks" in each branch, the mean over the words' tokens, layers, heads and steps of one
-# drawing (as in notebook 3, now after training); each map is stretched between its own extremes, and its range is printed.
+# drawing (as in notebook 3, now after training); each map is stretched between its own extremes, white its highest, and its range is
+# printed. With it its mean on the drawn mask, over that elsewhere: above 1 a word looks at the defect, below 1 it looks away from it.
+# Nothing in training asks for the former, and which it is differs by word, branch and fit.
 
 # %%
 rows, labels = [], []
@@ -533,6 +572,7 @@ n = pair.config.batch_size
 for r in wanted[-1:]:
     with attention.watched_text(pair.dual(r.defect).branches.unet) as looked:
         images, parts = pair.denoised([r])
+    on = extract(parts[0], pair.config.floor, tint=pair.config.tint).mask
     rows_drawn = max(map(len, looked))  # a background's own pass has fewer rows, and no words
     maps = attention.text_maps([shares for shares in looked if len(shares) == rows_drawn], grid)
     for k, (branch, prompt, drawn_one) in enumerate(zip(BRANCHES, PROMPTS, (images[0], parts[0]))):
@@ -541,7 +581,9 @@ for r in wanted[-1:]:
         asked = {words: [i for w in words.split() if w in own for i in own[w]] for words in ("a vfx with", "sks")}
         found = {words: maps[first, at].mean(0, keepdim=True) for words, at in asked.items() if at}
         shown = [enlarged((m - m.min()) / (m.max() - m.min()).clamp_min(1e-12)) for m in found.values()]
-        print(f"{branch}: " + ", ".join(f"'{w}' {m.min():.4f} to {m.max():.4f}" for w, m in found.items()))
+        for words, m in found.items():
+            told = f"{enlarged(m)[on].mean() / enlarged(m)[~on].mean():.2f}" if shape.usable(on) else "no usable mask"
+            print(f"{branch}, '{words}': {m.min():.4f} to {m.max():.4f}; on the mask, over elsewhere: {told}")
         rows.append([drawn_one, *[None] * (2 - len(shown)), *shown])
         labels.append(f"{r.defect}\n{branch}")
 figure = figures.sheet(rows, row_labels=labels, column_labels=["drawn", "a vfx with", "sks"], scale=128 / s.size)

@@ -173,7 +173,8 @@ changes.rename(index=layout.method_title).round(2) if stages_of else "AdaBLDM wa
 # ## With and without background compensation (DualAnoDiff Fig. 4)
 #
 # Only where the category's images have a background. The background that is read, and what the models without and with
-# compensation, each trained by itself, draw from the same noise (their first drawings, whether they were kept or not).
+# compensation, each trained by itself, draw from the same noise (their first drawings, whether they were kept or not). How much of
+# the background is injected is learned: $\gamma$ of every layer, from 0.1.
 
 # %%
 compensated = "dualanodiff_compensated"
@@ -188,7 +189,11 @@ if compensated in s.variants:
     for m in ("dualanodiff", compensated):
         fitted = s.load(m, seed)
         rows.append([fitted.denoised([r])[0][0] for r in own])
-    figure = figures.sheet(rows, row_labels=["normal", "background", "without", "with compensation"])
+        for defect in s.defects if m == compensated else ():
+            gammas = [one.compensation.gamma.item() for one in fitted.dual(defect).branches.injected().values()]
+            print(f"gamma of {defect}: {min(gammas):.3f} to {max(gammas):.3f} in {len(gammas)} layers")
+    names_of = ["normal", "background", "without", "with compensation"]
+    figure = figures.sheet(rows, row_labels=names_of, column_labels=[r.defect for r in own])
     figures.save(figure, folder, f"dualanodiff_fig_4_{s.category}")
     display(figure)
 else:

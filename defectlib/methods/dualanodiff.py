@@ -26,7 +26,8 @@ a pair is kept        with a mask of half to twice the shots'      always
                       area, else drawn again
 normal images         as many as ``max_normals``; one a group      the first third; one for 50 samples
 flips                 of every category, unless switched off      none for "cable"
-mask                  the part's departure from grey              U^2-Net on the part, at 0.5
+mask                  the part's departure from its ground, which   U^2-Net on the part, at 0.5
+                      is read off its border
 ====================  ==========================================  =======================================
 
 U^2-Net can be compared with where its weights are (``masks.saliency``); ``04_methods`` does.

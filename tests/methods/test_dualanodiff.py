@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from defectlib import profiles, sampling
+from defectlib import backbone, profiles, sampling
 from defectlib.augmentation import background, crop_box, training_pictures
 from defectlib.branches import dual_loss
 from defectlib.diffusion import noise_like
@@ -12,6 +12,7 @@ from defectlib.images import TURNS
 from defectlib.masks.extraction import extract
 from defectlib.methods import pairs
 from defectlib.methods.dualanodiff import DualAnoDiff, DualAnoDiffConfig
+from defectlib.metrics.regions import mask_iou
 from defectlib.training import FitSettings
 from defectlib.types import Request, Shot
 
@@ -227,11 +228,38 @@ def test_as_released_draws_otherwise(fit, compensation):
     assert DualAnoDiffConfig.as_released(rank=8) == DualAnoDiffConfig(released=True, rank=8)
 
 
+def test_what_is_learned_draws_a_mask_on_its_defect_and_interaction_is_what_puts_it_there(tmp_path):
+    """Forty steps on the base that ships: the drawn mask lies on what departs from the ground in the drawn image."""
+    tiny, stains = backbone.load("tiny", device="cpu"), []
+    for k in range(4):
+        plate = 0.5 + 0.02 * torch.randn(3, 64, 64, generator=torch.Generator().manual_seed(k))
+        mask = torch.zeros(1, 64, 64, dtype=torch.bool)
+        mask[0, 10 + 8 * k : 30 + 8 * k, 8 + 10 * (k % 3) : 32 + 10 * (k % 3)] = True
+        image = torch.where(mask, torch.tensor([0.3, -0.7, -0.9])[:, None, None], plate).clamp(-1, 1)
+        stains.append(Shot(image, mask, "plate", "stain", f"{k}"))
+    asked = [Request(normal(), None, "plate", "stain", "a plate with a stain", k, k) for k in range(4)]
+    quick = {
+        "steps": 40,
+        "train_batch_size": 2,
+        "learning_rate": 1e-3,
+        "num_inference_steps": 10,
+        "guidance_scale": 1.0,
+    }
+    on = {}
+    for interaction in (True, False):
+        method = DualAnoDiff(DualAnoDiffConfig(**quick, attempts=1, interaction=interaction), tiny)
+        method.fit(stains, [], prompts={}, seed=0, workdir=tmp_path / str(interaction))
+        drawn = method.sample(asked)
+        visible = [(x.image - x.image.flatten(1).median(1).values[:, None, None]).abs().amax(0) > 0.4 for x in drawn]
+        on[interaction] = np.mean([mask_iou(a[None], x.mask) or 0.0 for a, x in zip(visible, drawn, strict=True)])
+    assert on[True] > 0.65 and on[True] > on[False] + 0.2
+
+
 def test_the_masks_threshold_is_noted(fitted):
     sample = fitted.sample([request(1)])[0]
     assert sample.notes["threshold_by"] in ("otsu", "floor", "border")
     assert sample.notes["threshold"] >= fitted.config.floor and sample.notes["drawing"] <= fitted.config.attempts
-    found = extract(sample.part, fitted.config.floor)
+    found = extract(sample.part, fitted.config.floor, tint=fitted.config.tint)
     assert torch.equal(found.mask, sample.mask), "and the part that it was cut from is kept"
 
 
