@@ -8,7 +8,7 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
-from defectlib import paths, profiles, runs
+from defectlib import backbone, paths, profiles, runs
 from defectlib.data import layouts
 from defectlib.masks import saliency
 from defectlib.metrics import files
@@ -16,7 +16,7 @@ from defectlib.metrics import files
 
 def page() -> str:
     """The whole page as text."""
-    parts = [_machine(), _packages(), _profiles(), _weights(), _data()]
+    parts = [_machine(), _packages(), _profiles(), _base_models(), _weights(), _data()]
     return "\n\n".join(f"{title}\n" + "\n".join(f"  {line}" for line in lines) for title, lines in parts)
 
 
@@ -61,6 +61,13 @@ def _profiles() -> tuple[str, list[str]]:
         f"{name:8} {s.data.image_size} px, extractor {s.quality.extractor}, methods {', '.join(s.asked(None))}"
         for name in profiles.names()
         for s in (profiles.load(name),)
+    ]
+
+
+def _base_models() -> tuple[str, list[str]]:
+    """``DEFECTLIB_SD15`` may name another folder for Stable Diffusion 1.5."""
+    return "Base models", [
+        f"{name:10} {backbone.problem(name) or f'present: {backbone.folder_of(name)}'}" for name in backbone.known()
     ]
 
 

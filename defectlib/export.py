@@ -15,6 +15,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 import pandas as pd
@@ -23,6 +24,7 @@ from defectlib import images, paths, sampling, study
 from defectlib.data.catalog import DATASETS
 from defectlib.methods import base
 from defectlib.params import Parameters
+from defectlib.types import Sample
 
 
 def export(parameters: Parameters, method: str, seed: int, folder: Path) -> pd.DataFrame:
@@ -35,7 +37,7 @@ def export(parameters: Parameters, method: str, seed: int, folder: Path) -> pd.D
         folder: Where to; it must not exist yet, or be empty. It is there whole or not at all.
 
     Returns:
-        A row a (category, defect): ``written`` and ``left_out`` samples, and the category's ``normals``.
+        A row a (category, defect): ``written`` and ``left_out`` samples, ``why`` these, and the category's ``normals``.
 
     Raises:
         ValueError: The folder holds something, or no such run has drawn its samples.
@@ -48,7 +50,9 @@ def export(parameters: Parameters, method: str, seed: int, folder: Path) -> pd.D
         there = sorted(
             {f"{file.parents[1].name} seed {file.parent.name[1:]}" for file in root.glob("*/*/s*/sample.json")}
         )
-        raise ValueError(f"{root} has no samples of {method} with seed {seed}; it has: {', '.join(there) or 'none'}")
+        raise ValueError(
+            f"{root} has no samples of {method} with seed {seed}; it has: {', '.join(there) or 'none'}; another profile's runs need --profile"
+        )
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=".part"))
     try:
@@ -86,9 +90,16 @@ def _category(parameters: Parameters, category: str, method: str, seed: int, fol
         {
             "category": category, "defect": defect, "written": int(rows["seed"].isin(kept).sum()),
             "left_out": int((~rows["seed"].isin(kept)).sum()), "normals": len(normals),
+            "why": _why([sample for sample in samples if sample.defect == defect and sample.seed not in kept]),
         }
         for defect, rows in report.groupby("defect", sort=True)
     ]  # fmt: skip
+
+
+def _why(left_out: list[Sample]) -> str:
+    """The flaws of the samples that are left out, with their numbers: "2 empty, 1 full"."""
+    flaws = Counter(sample.notes.get("flaw") or "a mask that is empty or full" for sample in left_out)
+    return ", ".join(f"{n} {flaw}" for flaw, n in flaws.most_common())
 
 
 def _about(parameters: Parameters, method: str, seed: int, counts: pd.DataFrame) -> str:
@@ -103,7 +114,7 @@ def _about(parameters: Parameters, method: str, seed: int, counts: pd.DataFrame)
         "generated; `train/good` holds the real normal images that were drawn on, at the run's size. `samples.csv` "
         "tells how each sample came about.", "",
         f"Made from {known.title}: {known.licence}. Cite: {known.citation}.", "",
-        "| category | defect | written | left out |", "| --- | --- | ---: | ---: |",
-        *(f"| {r.category} | {r.defect} | {r.written} | {r.left_out} |" for r in counts.itertuples()), "",
+        "| category | defect | written | left out | why |", "| --- | --- | ---: | ---: | --- |",
+        *(f"| {r.category} | {r.defect} | {r.written} | {r.left_out} | {r.why} |" for r in counts.itertuples()), "",
     ]  # fmt: skip
     return "\n".join(lines)

@@ -87,7 +87,7 @@ def test_an_unknown_name_lists_the_known():
 def test_sd15_that_is_not_here_names_the_command(tmp_path, monkeypatch):
     monkeypatch.setenv("DEFECTLIB_SD15", str(tmp_path))
     with pytest.raises(
-        FileNotFoundError, match=r"model_index.json is missing: run `hf download .* --revision 451f4fe1"
+        FileNotFoundError, match=r"model_index.json is missing .*: run `hf download .* --revision 451f4fe1"
     ):
         backbone.load("sd15")
 

@@ -1,7 +1,7 @@
 import importlib.metadata
 import sys
 
-from defectlib import doctor
+from defectlib import backbone, doctor
 
 
 def test_a_pin_for_another_python_is_not_compared():
@@ -26,3 +26,10 @@ def test_a_package_at_another_version_is_named_with_its_remedy(tmp_path, monkeyp
     here = importlib.metadata.version("numpy")
     assert f"{'numpy':28} {here}  (locked: 0.0.1; make env)" in lines
     assert not [line for line in lines if "locked" in line and not line.startswith("numpy")]
+
+
+def test_a_base_model_that_is_not_here_is_named_with_its_remedy(tmp_path, monkeypatch):
+    monkeypatch.setenv("DEFECTLIB_SD15", str(tmp_path / "mistyped"))
+    _, lines = doctor._base_models()
+    assert lines[0] == f"{'tiny':10} present: {backbone.folder_of('tiny')}"
+    assert "mistyped/model_index.json is missing (DEFECTLIB_SD15 names that folder): run `hf download" in lines[1]

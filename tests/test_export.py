@@ -52,7 +52,8 @@ def test_flawed_pairs_are_left_out_and_counted(drawn, tmp_path):
     first = sampling.load(run)[0]
     images.write_mask(sampling.mask_file(run, first.seed), first.mask, {"flaw": "invented"})
     counts = export(drawn.parameters, "crop_paste", 0, tmp_path / "out")
-    assert counts["left_out"].sum() == 1
+    assert counts["left_out"].sum() == 1 and sorted(counts["why"]) == [*[""] * (len(counts) - 1), "1 invented"]
+    assert "1 invented" in (tmp_path / "out" / "README.md").read_text()
     told = pd.read_csv(tmp_path / "out" / drawn.category / "samples.csv").set_index("seed")["exported"]
     assert not told[first.seed] and told.sum() == counts["written"].sum()
 

@@ -166,7 +166,8 @@ def problem(name: str) -> str | None:
     remedy = how_to_get(name) if name in known() else "complete the folder (diffusers' Stable Diffusion layout)"
     missing = [file for file in files_of(folder) if not (folder / file).is_file()]
     if missing:
-        return f"base model '{name}': {folder / missing[0]} is missing: {remedy}"
+        by = " (DEFECTLIB_SD15 names that folder)" if name == "sd15" and "DEFECTLIB_SD15" in os.environ else ""
+        return f"base model '{name}': {folder / missing[0]} is missing{by}: {remedy}"
     for file in WEIGHT_FILES:
         try:
             safe_open(folder / file, "pt")  # compares the header with the file's length, and reads no weights
