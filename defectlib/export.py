@@ -51,7 +51,8 @@ def export(parameters: Parameters, method: str, seed: int, folder: Path) -> pd.D
             {f"{file.parents[1].name} seed {file.parent.name[1:]}" for file in root.glob("*/*/s*/sample.json")}
         )
         raise ValueError(
-            f"{root} has no samples of {method} with seed {seed}; it has: {', '.join(there) or 'none'}; another profile's runs need --profile"
+            f"{root} has no samples of {method} with seed {seed}; it has: {', '.join(there) or 'none'}. "
+            "Runs of another profile are found by --profile"
         )
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=".part"))
