@@ -47,7 +47,7 @@ import torch
 from IPython.display import display
 
 from defectlib import attention, augmentation, backbone, diffusion, params, sampling, stages, study
-from defectlib.branches import BRANCHES, PROMPTS, BranchUNet
+from defectlib.branches import BRANCHES, PROMPTS, BranchUNet, found_again
 from defectlib.control import embedded_once, steered
 from defectlib.masks import alignment, saliency, shape, sources, trimap
 from defectlib.masks import random as random_masks
@@ -447,33 +447,13 @@ figure
 # from left to right. Where a defect is found again only under little noise, it is a detail that need not be drawn; where it comes back in the
 # part sooner than in the image, masks have specks that the image does not show.
 
-
 # %%
-def found_again(shot, levels, seed=0):
-    """For each level: the share of a shot's defect that is in the image, and in the part, which one step makes of noise."""
-    branches, words, noising = pair.dual(shot.defect).branches, pair.dual(shot.defect).text()[:2], model.scheduler
-    noising.set_timesteps(noising.config.num_train_timesteps)
-    pictures = torch.stack([shot.image, shot.image * shot.mask])
-    latents = model.encode(pictures)
-    noise = diffusion.noise_like([seed, seed + 1], latents.shape[1:]).to(latents.device)
-    ring = diffusion.dilated(shot.mask[None], 3)[0, 0] & ~shot.mask[0]
-    grounds = torch.tensor([True, False])[:, None]
-    for t in torch.tensor(levels):
-        noisy = noising.add_noise(latents, noise, t[None])
-        with torch.no_grad():
-            x0 = noising.step(branches(noisy, t.to(noisy.device), words), t, noisy).pred_original_sample
-        real, seen = (
-            x[..., shot.mask[0]] - torch.where(grounds, x[..., ring].mean(-1), 0)[..., None]
-            for x in (pictures, model.decode(x0))
-        )
-        yield ((real * seen).sum((1, 2)) / real.square().sum((1, 2))).tolist()
-
-
 levels = (900, 700, 500, 300, 100)
-rows = [
-    (shot.defect, branch, t, told[k])
-    for shot in shots for t, told in zip(levels, found_again(shot, levels)) for k, branch in enumerate(BRANCHES)
-]  # fmt: skip
+rows = []
+for shot in shots:
+    dual = pair.dual(shot.defect)
+    for t, shares in zip(levels, found_again(dual.branches, dual.text()[:2], model, shot, levels, seed)):
+        rows += [(shot.defect, branch, t, share) for branch, share in zip(BRANCHES, shares)]
 told = pd.DataFrame(rows, columns=["defect", "branch", "t", "share"]).groupby(["defect", "branch", "t"], sort=False)
 told["share"].mean().unstack()[list(levels)].round(2)
 

@@ -95,7 +95,7 @@ names = [name for family in families for name in family]
 records = {(name, seed): stages.quality(s, name, seed) for name in names for seed in s.seeds}
 results = study.results(p, [s.category])
 asked = results[results["method"].isin(names)]
-seeds = ablation.known(asked).groupby(["method", "metric", "seed"])["value"].mean().dropna()
+seeds = ablation.known(asked).groupby(["method", "metric", "seed"])["value"].mean()
 mean, sd = seeds.groupby(level=[0, 1]).mean().unstack(), seeds.groupby(level=[0, 1]).std().unstack()
 q = s.settings.quality
 measures = [m for m in quality.names(q.extractor, q.perceptual) if published.kind(m) not in ("precision", "recall")]
@@ -370,10 +370,11 @@ layout.view(tables.build(results, "table_7"))
 # %%
 for name in s.variants:
     v = s.settings.variants[name]
-    apart = (seeds[name][kid] - seeds[v.of][kid]) * 1000
+    apart = ((seeds[name][kid] - seeds[v.of][kid]) * 1000).dropna()
     alike = apart.gt(0).all() or apart.lt(0).all()
+    told = "every seed alike" if alike else "seeds disagree"
     print(f"{name}: KID x 1000 {apart.mean():+.1f} against {v.of} ({', '.join(f'{x:+.1f}' for x in apart)}): "
-          f"{'one seed' if len(apart) == 1 else 'every seed alike' if alike else 'seeds disagree'}.")  # fmt: skip
+          f"{told if len(apart) > 1 else f'{len(apart)} seed'}.")  # fmt: skip
     on_defect = mean.get(judges.MASK_SEEN, pd.Series(dtype=float)).reindex([name, v.of])
     if on_defect.notna().all():
         print("  masks on what a localiser of the shots finds: IoU {:.2f} against {:.2f}.".format(*on_defect))

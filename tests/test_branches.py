@@ -10,7 +10,10 @@ from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from peft.tuners.lora import LoraLayer
 from torch.nn import functional as F
 
-from defectlib.branches import BranchUNet, Compensation, FoldedInteraction, Interaction, pair_attention
+from defectlib import backbone
+from defectlib.branches import BranchUNet, Compensation, FoldedInteraction, Interaction, found_again, pair_attention
+from defectlib.diffusion import noise_from_x0
+from defectlib.types import Shot
 
 STEP = torch.tensor(500)
 
@@ -277,3 +280,24 @@ def test_a_helper_that_switches_lora_off_is_an_error(untrained, call):
     for refuses in (branches.check, lambda: branches(noisy, STEP, text)):
         with pytest.raises(RuntimeError, match="LoRA is switched off, or merged"):
             refuses()
+
+
+def test_what_is_found_again_is_all_of_a_defect_by_what_is_true_and_none_by_what_is_sound():
+    """What is true leaves the autoencoder's loss alone; the base that ships predicts velocity."""
+    base = backbone.load("tiny", device="cpu")
+    plate, mask = torch.full((3, 64, 64), 0.4), torch.zeros(1, 64, 64, dtype=torch.bool)
+    mask[0, 20:44, 12:40] = True
+    shot = Shot(torch.where(mask, torch.tensor(-0.6), plate), mask, "plate", "stain", "0")
+    words = torch.zeros(2, 1, 1)
+    for pictures, least, most in (
+        ((shot.image, shot.image * mask), 0.9, 1.1),
+        ((plate, torch.zeros_like(plate)), -0.1, 0.1),
+    ):
+        beneath = base.encode(torch.stack(pictures))
+
+        def exact(noisy, t, _, beneath=beneath):
+            noise = noise_from_x0(noisy, beneath, base.scheduler.alphas_cumprod[t])
+            return base.scheduler.get_velocity(beneath, noise, t[None])
+
+        for shares in found_again(exact, words, base, shot, (900, 500, 100), 0):
+            assert all(least < share < most for share in shares)

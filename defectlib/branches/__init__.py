@@ -10,10 +10,11 @@ from defectlib.branches.compensation import Compensation
 from defectlib.branches.dual import PROMPTS, Dual
 from defectlib.branches.interaction import FoldedInteraction, Interaction, pair_attention
 from defectlib.branches.learning import dual_loss
+from defectlib.branches.recovery import found_again
 from defectlib.branches.routing import BRANCHES, lora
 from defectlib.branches.unet import BranchProcessor, BranchUNet
 
 __all__ = [
     "BRANCHES", "PROMPTS", "BranchProcessor", "BranchUNet", "Compensation", "Dual", "FoldedInteraction", "Interaction",
-    "dual_loss", "lora", "pair_attention",
+    "dual_loss", "found_again", "lora", "pair_attention",
 ]  # fmt: skip
