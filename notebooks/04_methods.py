@@ -445,7 +445,7 @@ figure
 # How early it can show: the shots themselves are noised to a level $t$ of 1,000, and both branches say in one step what lies beneath. Of the
 # defect's contrast (to a ring around it; in a part, to mid-grey) the share that is found again, 1 being all, the mean over the shots: drawing goes
 # from left to right. Where a defect is found again only under little noise, it is a detail that need not be drawn; where it comes back in the
-# part sooner than in the image, masks have specks that the image does not show.
+# part sooner than in the image, a mask may have what the image does not show.
 
 # %%
 levels = (900, 700, 500, 300, 100)

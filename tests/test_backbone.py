@@ -86,9 +86,10 @@ def test_an_unknown_name_lists_the_known():
 
 def test_sd15_that_is_not_here_names_the_command(tmp_path, monkeypatch):
     monkeypatch.setenv("DEFECTLIB_SD15", str(tmp_path))
-    with pytest.raises(
-        FileNotFoundError, match=r"model_index.json is missing .*: run `hf download .* --revision 451f4fe1"
-    ):
+    sentence = (
+        r"model_index.json is missing \(DEFECTLIB_SD15 names that folder\): run `hf download .* --revision 451f4fe1"
+    )
+    with pytest.raises(FileNotFoundError, match=sentence):
         backbone.load("sd15")
 
 
