@@ -435,16 +435,22 @@ def require_weights(parameters: Parameters) -> None:
     """Stop before any long work where weights that the profile needs are not here.
 
     Raises:
-        FileNotFoundError: They are missing; the sentence holds the command that gets them.
+        FileNotFoundError: They are missing; a sentence for each of them holds the command that gets it.
         ValueError: A file is damaged, or a method is unknown.
     """
     settings = parameters.settings()
     wanted = {settings.quality.extractor, settings.quality.perceptual} - {"tiny"}
     if settings.downstream.classifier.pretrained:
         wanted.add("resnet34")
-    for name in sorted(wanted):
-        files.locate(name)
-    backbone.digest(settings.backbone)  # notebooks 02, 03 and 07 look at it, whatever the methods
+    missing = []
+    # Notebooks 02, 03 and 07 look at the base model, whatever the methods.
+    for find, name in [(backbone.digest, settings.backbone), *((files.locate, name) for name in sorted(wanted))]:
+        try:
+            find(name)
+        except FileNotFoundError as error:
+            missing.append(str(error))
+    if missing:
+        raise FileNotFoundError("\n".join(missing))
 
 
 def results(parameters: Parameters, categories: Sequence[str]) -> pd.DataFrame:

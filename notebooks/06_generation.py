@@ -127,33 +127,35 @@ for defect in s.defects:
     rows += [[item and item.image for item in (real, *firsts)], [item and item.mask for item in (real, *firsts)]]
     labels += [defect, "mask"]
 titles = ["real", *map(layout.method_title, s.methods)]
-figure = figures.sheet(rows, row_labels=labels, column_labels=titles)
+figure = figures.sheet(rows, row_labels=labels, column_labels=titles, missing="none kept")
 figures.save(figure, folder, f"overview_{s.category}")
 figure
 
 # %% [markdown]
 # ## Real, mask, generated
 #
-# For every defect: real images with their masks outlined, then for each method the masks and what was drawn for them. These
-# carry no outline: whether a defect is seen without one is the question. Where a method draws its masks itself, the anomaly
-# parts stand in their place, and the masks read off them are outlined.
+# For every defect: real masks and images, then for each method the masks and what was drawn for them. These carry no outline:
+# whether a defect is seen without one is the question. Where a method draws its masks itself, the anomaly parts stand in their
+# place, and the masks read off them are outlined.
 
 # %%
 rows, labels, outlines = [], [], []
 n = 3
 for defect in s.defects:
     real = [shot for shot in s.shots(s.seeds[0]) if shot.defect == defect][:n]
-    rows += [[shot.image for shot in real]]
-    labels += [f"{defect}\nreal"]
-    outlines += [[shot.mask for shot in real]]
+    rows += [[shot.mask for shot in real], [shot.image for shot in real]]
+    labels += [f"{defect}\nreal masks", f"{defect}\nreal"]
+    outlines += [[None] * len(real)] * 2
     for method in s.methods:
         drawn = sampling.load(s.folder(method, s.seeds[0]).path, defect, limit=n)
         parts = [sampling.part_file(s.folder(method, s.seeds[0]).path, item.seed) for item in drawn]
         parts = [images.read_image(file) for file in parts if file.is_file()]
         rows += [parts or [item.mask for item in drawn], [item.image for item in drawn]]
-        labels += [f"{defect}\n{'part' if parts else 'mask'}", f"{defect}\n{layout.method_title(method)}"]
+        title = layout.method_title(method)
+        labels += [f"{title}\n{'parts' if parts else 'masks'}", f"{defect}\n{title}"]
         outlines += [[None] * len(drawn), [item.mask if parts else None for item in drawn]]
-figure = figures.sheet(rows, row_labels=labels, outline_masks=outlines, scale=80 / s.size)
+fold = len(rows) // len(s.defects)
+figure = figures.sheet(rows, row_labels=labels, outline_masks=outlines, scale=80 / s.size, fold=fold)
 figures.save(figure, folder, f"fig_3_generated_{s.category}")
 figure
 
@@ -192,7 +194,7 @@ figure if together else "No method here draws its masks together with its images
 # as the largest shot needs, because the rest of the image differs from shot to shot anyway. **A large distance says that a
 # sample is drawn least like any real defect.** That need not be wrong (a new, good one is far from the shots too), so held-out
 # real defects stand in the same table, and the twelve farthest samples of each method that learns are shown, the farthest
-# first, to be judged by eye.
+# first, to be judged by eye, under their masks and with their distances.
 
 # %%
 extract = features.load(s.settings.quality.extractor)
@@ -213,15 +215,15 @@ distances.groupby(["defect", "source"], sort=False)["distance"].describe()[["cou
 learning = [method for method in s.methods if s.method_of(method).needs_backbone] or list(s.methods)
 ranked = distances[distances["source"].isin(learning)].sort_values("distance", ascending=False, kind="stable")
 ranked = ranked.groupby("source").head(12).astype({"seed": int})
-rows, outlines = [], []
+rows, titles, captions = [], [], []
 for method in learning:
-    seeds = ranked.loc[ranked["source"] == method, "seed"]
-    drawn = [sampling.read_pair(s.folder(method, seed).path, one) for one in seeds]
-    rows.append([image for image, _ in drawn])
-    outlines.append([mask for _, mask in drawn])
+    own = ranked[ranked["source"] == method]
+    drawn = [sampling.read_pair(s.folder(method, seed).path, one) for one in own["seed"]]
+    rows += [[mask for _, mask in drawn], [image for image, _ in drawn]]
+    titles += ["masks", layout.method_title(method)]
+    captions += [[""] * len(drawn), [f"{row.defect.replace('_', ' ')}\n{row.distance:.2f}" for row in own.itertuples()]]
 listed = ranked[["source", "defect", "seed", "distance"]].reset_index(drop=True)
-titles = [layout.method_title(method) for method in learning]
-figure = figures.sheet(rows, row_labels=titles, outline_masks=outlines, scale=64 / s.size)
+figure = figures.sheet(rows, row_labels=titles, captions=captions, scale=80 / s.size)
 figures.save(figure, folder, f"failures_{s.category}", listed)
 figure
 

@@ -45,6 +45,7 @@ figures_root = None
 
 # %%
 import json
+import textwrap
 
 import pandas as pd
 import torch
@@ -150,9 +151,10 @@ drawn = {
     for name in names if not s.keep(name)
 }  # fmt: skip
 figure = figures.sheet(
-    [[item and item.image for item in samples] for samples in drawn.values()],
-    row_labels=[layout.method_title(name) for name in drawn], column_labels=list(s.defects),
-    outline_masks=[[item and item.mask for item in samples] for samples in drawn.values()],
+    [[part for item in samples for part in ((item.image, item.mask) if item else (None, None))] for samples in drawn.values()],
+    row_labels=[textwrap.fill(layout.method_title(name), 20) for name in drawn],
+    column_labels=[title for defect in s.defects for title in (defect, "mask")],
+    scale=80 / s.size, fold=1, missing="none",
 )  # fmt: skip
 figures.save(figure, folder, f"fig_5_ablation_{s.category}")
 figure

@@ -126,9 +126,12 @@ def test_weights_are_asked_for_before_any_work(tiny_parameters, tmp_path, monkey
     study.require_weights(tiny_parameters)
     monkeypatch.setattr(paths, "WEIGHTS", tmp_path)
     monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path))
-    with pytest.raises(FileNotFoundError, match="get them by: python -m defectlib.metrics.files inception"):
-        study.require_weights(tiny_parameters.model_copy(update={"profile": "paper"}))
     monkeypatch.setattr("defectlib.backbone.folder_of", lambda name: tmp_path / name)
+    with pytest.raises(FileNotFoundError, match="'sd15': .* run `hf download") as caught:
+        study.require_weights(tiny_parameters.model_copy(update={"profile": "paper"}))
+    told = str(caught.value).split("\n")[1:]  # all that is missing, not only the first
+    wanted = [f"get them by: python -m defectlib.metrics.files {name} " for name in ("inception", "resnet34", "vgg")]
+    assert [name in line for name, line in zip(wanted, told, strict=True)] == [True] * 3
     with pytest.raises(FileNotFoundError, match="train it by `make backbone`"):
         study.require_weights(tiny_parameters.model_copy(update={"methods": ["defectsynth"]}))
 

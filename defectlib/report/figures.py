@@ -30,6 +30,8 @@ from defectlib.report.tables import scale
 
 STYLE = Path(__file__).with_name("style.mplstyle")
 REFERENCE = "shots_only"
+# In the order of the style's colours: a system looks alike in every figure, whatever stands beside it.
+SYSTEMS = ("crop_paste", "defectsynth", "dualanodiff", "symmetry_aware", "adabldm")
 PNG_DPI = 200
 LEARNING_AXES = {"samples": "samples of each defect (0: shots alone)", "shots": "shots of each defect"}
 
@@ -85,10 +87,12 @@ def save_data(frame: pd.DataFrame, folder: Path | str, stem: str) -> Path:
 
 
 def _colours(names: Sequence[str]) -> dict[str, str]:
-    """One colour a name in the order given; the reference method is grey."""
+    """One colour a name: systems have their own, the reference is grey, others take what is left in the order given."""
     cycle = [entry["color"] for entry in matplotlib.rcParams["axes.prop_cycle"]]
-    others = [name for name in names if name != REFERENCE]
-    return {name: cycle[i % len(cycle)] for i, name in enumerate(others)} | {REFERENCE: "#777777"}
+    own = {name: colour for name, colour in zip(SYSTEMS, cycle) if name in names} | {REFERENCE: "#777777"}
+    others = [name for name in names if name not in own]
+    left = [colour for colour in cycle if colour not in own.values()] or cycle
+    return own | {name: left[i % len(left)] for i, name in enumerate(others)}
 
 
 def _ordered(values: pd.Series) -> list:

@@ -7,6 +7,7 @@ unevenly.
 from __future__ import annotations
 
 import io
+import itertools
 from collections.abc import Sequence
 from math import ceil
 
@@ -106,6 +107,8 @@ def sheet(
     scale: float | None = None,
     title: str | None = None,
     captions: Sequence[Sequence[str]] | None = None,
+    fold: int | None = None,
+    missing: str = "",
 ) -> Figure:
     """A sheet of images, masks and maps.
 
@@ -116,7 +119,10 @@ def sheet(
         outline_masks: Masks to draw as outlines, in the places of ``rows``.
         scale: Screen pixels an image pixel; default: the largest whole number (or whole fraction) that fits the page.
         title: Over the whole sheet; may hold line breaks.
-        captions: One line under each cell, in the places of ``rows``.
+        captions: A text under each cell, in the places of ``rows``; may hold line breaks.
+        fold: So many rows stay together; such groups go on beside each other, under the same headings, as often as the
+            page is wide.
+        missing: What is written in the place of a None.
 
     Raises:
         ValueError: Nothing to show, labels, outlines or captions that do not fit the rows, or cells out of range.
@@ -131,37 +137,45 @@ def sheet(
     cell_w, cell_h = width * scale, height * scale
     left = max((_text_width(line) for label in row_labels or [] for line in str(label).split("\n")), default=0)
     heads, top, overhang = _headings(column_labels, cell_w)
+    lead = ceil(left) + 13 if row_labels else 2
     over = (title.count("\n") + 1) * LINE + 4 if title else 0
-    pitch = cell_h + GAP + (ceil(LINE) if captions else 0)
+    under = [max((len(text.splitlines()) for text in row), default=0) for row in captions or [[]] * len(rows)]
+    pitch = [cell_h + GAP + ceil(lines * LINE) for lines in under]
     # Whole screen pixels, so that every cell starts on one.
-    left, top = ceil(left + 13 if row_labels else 2), ceil(top + over)
-    full_w = ceil(left + columns * (cell_w + GAP) - GAP + max(2, overhang))
-    full_w = max([full_w, *(ceil(_text_width(line)) + 8 for line in (title or "").split("\n"))])
-    full_h = ceil(top + len(rows) * pitch - GAP + 2)
+    top, block = ceil(top + over), ceil(lead + columns * (cell_w + GAP) - GAP + max(2, overhang))
+    apart = block + (4 * GAP if row_labels else GAP)
+    groups = ceil(len(rows) / (fold or len(rows)))
+    deep = ceil(groups / min(groups, max(1, WIDEST // apart))) * (fold or len(rows))
+    beside = ceil(len(rows) / deep)
+    full_w = max([apart * (beside - 1) + block, *(ceil(_text_width(line)) + 8 for line in (title or "").split("\n"))])
+    starts = [top + sum(pitch[r - r % deep : r]) for r in range(len(rows))]
+    full_h = ceil(max(map(sum, zip(starts, pitch))) - GAP + 2)
 
     figure = Picture(figsize=(full_w / DPI, full_h / DPI), dpi=DPI)
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set(xlim=(0, full_w), ylim=(full_h, 0))
     axes.axis("off")
     for r, row in enumerate(rows):
-        y = top + r * pitch
+        left, y = lead + r // deep * apart, starts[r]
         for c, cell in enumerate(row):
-            if cell is None:
-                continue
             x = left + c * (cell_w + GAP)
+            if cell is None:
+                place = {"ha": "center", "va": "center", "fontsize": FONT, "color": FRAME}
+                axes.text(x + cell_w / 2, y + cell_h / 2, missing, **place)
+                continue
             _place(axes, cell, outline_masks[r][c] if outline_masks else None, x, y, scale)
             if captions:
                 axes.text(x + cell_w / 2, y + cell_h + 2, captions[r][c], ha="center", va="top", fontsize=FONT)
         if row_labels:
             axes.text(left - 7, y + cell_h / 2, row_labels[r], ha="right", va="center", fontsize=FONT)
-    for c, (text, angle) in enumerate(heads):
-        middle = left + c * (cell_w + GAP) + cell_w / 2
+    for b, (c, (text, angle)) in itertools.product(range(beside), enumerate(heads)):
+        middle = lead + b * apart + c * (cell_w + GAP) + cell_w / 2
         axes.text(
             middle, top - 5, text, ha="left" if angle else "center", va="bottom", rotation=angle,
             rotation_mode="anchor" if angle else None, fontsize=FONT,
         )  # fmt: skip
     if title:
-        axes.text(left, 2, title, ha="left", va="top", fontsize=FONT)
+        axes.text(lead, 2, title, ha="left", va="top", fontsize=FONT)
     axes.set(xlim=(0, full_w), ylim=(full_h, 0))
     return figure
 

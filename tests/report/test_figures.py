@@ -123,6 +123,34 @@ def test_ragged_rows_and_empty_places():
     assert (shown[2:18, 24:38] < 10).any() and (shown[24:36, 24:36] == 255).all()
 
 
+def test_folded_rows_go_on_beside_under_the_same_headings(monkeypatch):
+    names = [f"row {i}" for i in range(5)]
+    monkeypatch.setattr(sheet, "WIDEST", 650)  # as wide as three of them
+    figure = figures.sheet(
+        [[image(size=64), None]] * 5, names, ["left", "right"], scale=1, fold=2, missing="none",
+        captions=[["a\nb", "c"]] * 5,
+    )  # fmt: skip
+    figure.draw_without_rendering()
+    boxes, page = texts(figure)
+    said = [text.get_text() for text in figure.axes[0].texts]
+    assert [said.count(word) for word in ("left", "right", "none", "a\nb", "c", *names)] == [3, 3, 5, 5, 0, *[1] * 5]
+    cells = [shown.get_window_extent() for shown in figure.axes[0].images]
+    place = {name: box for name, box in zip(said, boxes)}
+    assert place["row 0"].y0 == place["row 2"].y0 == place["row 4"].y0 > place["row 1"].y0 == place["row 3"].y0
+    assert cells[0].x0 < place["row 2"].x0 < cells[2].x0 < place["row 4"].x0 < cells[4].x0
+    for i, box in enumerate(boxes):
+        assert page.x0 <= box.x0 and box.x1 <= page.x1 and page.y0 - 0.5 <= box.y0 and box.y1 <= page.y1
+        assert not any(box.overlaps(other) for other in [*boxes[i + 1 :], *cells])
+
+
+def test_a_system_has_its_colour_whatever_stands_beside_it():
+    with matplotlib.rc_context(fname=figures.STYLE):
+        alone, among = (
+            figures._colours(names) for names in (["adabldm"], ["shots_only", "crop_paste", "other", "adabldm"])
+        )
+    assert alone["adabldm"] == among["adabldm"] and len(set(among.values())) == 4
+
+
 def test_large_images_are_averaged_not_sampled():
     stripes = torch.ones(3, 512, 512)
     stripes[:, ::2] = -1
