@@ -19,7 +19,8 @@
 # Each method of this project is one file in `defectlib/methods`, over shared parts. This notebook takes them apart and
 # shows every idea switched on and off: **Crop-Paste**, the baseline of DefectSynth's Tables II, III, VIII and IX,
 # **DefectSynth**, equation by equation (its Fig. 2, stage 2; where masks come from, stage 1, is notebook 2),
-# **DualAnoDiff**, what its two branches see (its Figs. 2 and 3), and **AdaBLDM**, stage by stage (its Figs. 1 and 3).
+# **DualAnoDiff**, what its two branches see (its Figs. 2 and 3), and **AdaBLDM**, stage by stage (its Figs. 1 and 3). The
+# symmetry-aware system is DualAnoDiff with three parts more, which show over the defects of a category: they are taken apart in notebook 8.
 #
 # The unit of this notebook is a data set: it looks at one category.
 

@@ -210,8 +210,12 @@ else:
 # coefficients" (CSB-LoRA); branch interaction, background injection and residual fusion adjusted "according to the denoising
 # stage", "from global structure restoration to local defect refinement" (TDAM); "stronger spatial constraints to defect regions and
 # boundary neighborhoods" (SGRL). **Our reading**: one diagonal of coefficients a class between the two bases of every LoRA,
-# $\Delta W_c = \tfrac{\alpha}{r} B\,\mathrm{diag}(1 + d_c)\,A$; gates $2\,\sigma(a + b(\tau - \tfrac12))$ a layer; and
-# weights of the squared error in latent space. Ranks, weights, widths and steps are not stated either.
+# $\Delta W_c = \tfrac{\alpha}{r} B\,\mathrm{diag}(1 + d_c)\,A$, with $d_c$ shrunk by weight decay, or tied in $K$ blocks of rows, which is
+# $\sum_k a_{c,k} B_k A_k$; gates $2\,\sigma(a + b(\tau - \tfrac12))$ a layer, $\tau$ the share of noise, which multiply what is added by
+# background, interaction and attention, never a layer's own input; and the squared error in latent space weighted by $1 + \lambda_m M +
+# \lambda_b R$ at a mean of one: $M$ the cells that hold any pixel of the mask, so that a thin crack survives, $R$ a band around their
+# boundary, and at most half of all weight on the mask; it weighs the base's own target (of $x_0$ with min-SNR as an option), and a soft
+# edge of $M$, the name's saliency, is off. Ranks, weights, widths and steps are not stated either: what they are here is printed next.
 #
 # Only where it is among the methods; its parts, one off or changed at a time, are the variants of `PROFILE=symmetry`.
 # DualAnoDiff trains a model for every defect. Here one model draws all of them, by LoRA with bases that all share and
@@ -223,6 +227,8 @@ else:
 
 # %%
 several = [name for name in names if s.method_of(name).name == "symmetry_aware" and not s.keep(name)]
+if several:
+    print(*(f"{key}: {value}" for key, value in s.config(several[0]).model_dump().items()), sep="; ")
 pairs = [name for name in names if name == "dualanodiff" or name in several] if several else []
 seed, sizes, moves, curves, alike = s.seeds[0], {}, {}, {}, {}
 for name in pairs:
@@ -319,8 +325,8 @@ for name, own in gated.items():
 # ### Where the loss looks
 #
 # SGRL's weights of the first shots of each defect, in latent cells: the defect, and a band around its boundary. Their mean is 1,
-# and a defect that covers less than half takes half of all weight at most; white is the largest weight of a map, which the line
-# below it names.
+# and a defect that covers less than half takes half of all weight at most; white is the largest weight of a map, black would be none:
+# below each stand its smallest and largest.
 
 # %%
 if "symmetry_aware" in several:
@@ -330,11 +336,13 @@ if "symmetry_aware" in several:
     maps = {d: interpolate(w / w.amax((1, 2, 3), keepdim=True), s.size, mode="nearest") for d, w in weights.items()}
     rows = [[cell for shot, seen in zip(own[d], maps[d]) for cell in (shot.image, seen)] for d in s.defects]
     masks = [[shot.mask for shot in own[d] for _ in range(2)] for d in s.defects]
-    figure = figures.sheet(rows, row_labels=list(s.defects), outline_masks=masks, scale=128 / s.size)
+    ends = {d: [f"{one.min():.2f} to {one.max():.2f}" for one in w] for d, w in weights.items()}
+    figure = figures.sheet(
+        rows, row_labels=list(s.defects), column_labels=["shot", "weights"] * (max(map(len, rows)) // 2), outline_masks=masks,
+        scale=128 / s.size, captions=[[text for end in ends[d] for text in ("", end)] for d in s.defects],
+    )  # fmt: skip
     figures.save(figure, folder, f"symmetry_aware_weights_{s.category}")
     display(figure)
-    for d, w in weights.items():
-        print(f"{d}: largest weight of each map {', '.join(f'{x:.1f}' for x in w.amax((1, 2, 3)))}")
 
 # %% [markdown]
 # ### What moved

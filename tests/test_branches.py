@@ -272,14 +272,29 @@ def test_the_counts_of_stable_diffusion(released, bcm):
     assert {part: round(n / 1e6, 2) for part, n in counts.items()} == {"LoRA": 12.75, "SAIM": 124.08, "BCM": bcm}
 
 
-@pytest.mark.parametrize("call", ["disable_adapters", "fuse_lora"])
-def test_a_helper_that_switches_lora_off_is_an_error(untrained, call):
-    branches = disturbed(BranchUNet(untrained.unet, 4, 0, interaction=False))
+@pytest.mark.parametrize("classes", [0, 2])
+@pytest.mark.parametrize(("call", "back"), [("disable_adapters", "enable_adapters"), ("fuse_lora", "unfuse_lora")])
+def test_a_helper_that_switches_lora_off_is_an_error_until_it_is_on_again(untrained, call, back, classes):
+    branches = disturbed(BranchUNet(untrained.unet, 4, 0, interaction=False, classes=classes))
     noisy, text = rows(untrained)
-    getattr(branches.unet, call)()
-    for refuses in (branches.check, lambda: branches(noisy, STEP, text)):
-        with pytest.raises(RuntimeError, match="LoRA is switched off, or merged"):
-            refuses()
+    of = torch.tensor([1, 0]) if classes else None
+    with torch.no_grad():
+        before = branches(noisy, STEP, text, classes=of)
+        getattr(branches.unet, call)()
+        for refuses in (branches.check, lambda: branches(noisy, STEP, text, classes=of)):
+            with pytest.raises(RuntimeError, match="LoRA is switched off, or merged"):
+                refuses()
+        getattr(branches.unet, back)()
+        branches.check()
+        assert torch.allclose(branches(noisy, STEP, text, classes=of), before, atol=1e-4)
+
+
+@pytest.mark.parametrize("classes", [0, 2])
+def test_a_deleted_adapter_is_an_error(untrained, classes):
+    branches = BranchUNet(untrained.unet, 4, 0, classes=classes)
+    branches.unet.delete_adapters("part")
+    with pytest.raises(RuntimeError, match="one branch's LoRA is not active"):
+        branches.check()
 
 
 def test_what_is_found_again_is_all_of_a_defect_by_what_is_true_and_none_by_what_is_sound():

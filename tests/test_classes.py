@@ -84,15 +84,26 @@ def test_regularisers_by_hand():
     assert classes.discrepancy([layer(n=1)], 0.0) == 0
 
 
+def same_gradients(one, predicted, other, expected):
+    """Of what both have, to the bit: they take the same training step."""
+    for model, output in ((one, predicted), (other, expected)):
+        model.zero_grad()
+        output.square().mean().backward()
+    mine, wanted = ({name: p.grad for name, p in m.named_parameters() if p.grad is not None} for m in (one, other))
+    assert len(wanted) > 50 and all(torch.equal(mine[name], gradient) for name, gradient in wanted.items())
+
+
 def test_one_class_without_a_departure_is_lora_to_the_bit(untrained):
     noisy, text = rows(untrained)
     plain = disturbed(BranchUNet(untrained.unet, 4, 0))
     with_classes = BranchUNet(untrained.unet, 4, 0, classes=1, start=0.0)
     with_classes.load_state_dict(with_classes.state_dict() | plain.state_dict())
+    expected = plain(noisy, STEP, text)
+    found = with_classes(noisy, STEP, text, classes=torch.zeros(2, dtype=torch.long))
+    assert torch.equal(found, expected)
     with torch.no_grad():
-        expected = plain(noisy, STEP, text)
-        assert torch.equal(with_classes(noisy, STEP, text, classes=torch.zeros(2, dtype=torch.long)), expected)
         assert torch.equal(with_classes(noisy, STEP, text), expected)
+    same_gradients(with_classes, found, plain, expected)
 
 
 def test_a_mixed_batch_is_each_class_by_itself(untrained):
@@ -110,6 +121,25 @@ def test_a_mixed_batch_is_each_class_by_itself(untrained):
             branches.unfold()
         other = branches(noisy, STEP, text, classes=of.flip(0))
     assert (other - together).abs().max() > 1e-3, "and classes tell"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ([0], r"must be \(2,\) or \(2, 3\) for 2 pairs and 3 classes, got \(1,\)"),
+        ([0, 1, 2], r"got \(3,\)"),
+        ([[1.0, 0.0], [0.5, 0.5]], r"got \(2, 2\)"),
+        ([0, -1], r"must lie in 0 to 2, got \[0, -1\]"),
+        ([3, 0], r"must lie in 0 to 2, got \[3, 0\]"),
+    ],
+)
+def test_classes_that_are_not_those_of_the_pairs(untrained, wrong, message):
+    noisy, text = rows(untrained)
+    branches = BranchUNet(untrained.unet, 4, 0, classes=3)
+    with pytest.raises(ValueError, match=message):
+        branches(noisy, STEP, text, classes=torch.tensor(wrong))
+    with pytest.raises(ValueError, match="for 1 pairs and 3 classes|must lie in 0 to 2"):
+        branches.fold(torch.tensor(wrong[-1:] if len(wrong) == 2 and wrong[0] == 0 else [0, 1]))
 
 
 def test_an_adapter_call_keeps_the_coefficients(untrained):
@@ -226,10 +256,11 @@ def test_neutral_gates_are_no_gates_to_the_bit(untrained):
     generous = disturbed(plain).state_dict()
     gated.load_state_dict(generous, strict=False)
     behind = normal(1, 12, 16, 16, seed=5)
+    looks = [b.background_features(behind, STEP, untrained.embed([""])) for b in (plain, gated)]
+    expected, found = (b(noisy, STEP, text, look) for b, look in zip((plain, gated), looks, strict=True))
+    assert torch.equal(found, expected)
+    same_gradients(gated, found, plain, expected)
     with torch.no_grad():
-        looks = [b.background_features(behind, STEP, untrained.embed([""])) for b in (plain, gated)]
-        expected, found = (b(noisy, STEP, text, look) for b, look in zip((plain, gated), looks, strict=True))
-        assert torch.equal(found, expected)
         next(p.gates for p in gated.processors).slope.fill_(1.0)
         early, late = (gated(noisy, torch.tensor(t), text, looks[1]) for t in (900, 100))
         same = [plain(noisy, torch.tensor(t), text, looks[0]) for t in (900, 100)]

@@ -104,7 +104,7 @@ class BranchUNet(nn.Module):
         num_train_timesteps: int = 1000,
     ) -> None:
         super().__init__()
-        self.rows, self.num_train_timesteps = Rows(), num_train_timesteps
+        self.rows, self.classes, self.num_train_timesteps = Rows(), classes, num_train_timesteps
         self.unet = copy.deepcopy(unet).requires_grad_(False)
         self.route = Route()
         if any(m.residual_connection for m in self.unet.modules() if isinstance(m, Attention)):
@@ -223,7 +223,8 @@ class BranchUNet(nn.Module):
             classes: Of the pairs, (N,) or (N, K), see ``Rows``; None: what all classes share.
 
         Raises:
-            ValueError: The branches have BCM and no background is given, or the other way round; or the rows are odd.
+            ValueError: The branches have BCM and no background is given, or the other way round; the rows are odd; or
+                the classes are not one of each pair, or unknown.
         """
         if len(noisy) % 2:
             raise ValueError(
@@ -236,6 +237,8 @@ class BranchUNet(nn.Module):
             raise ValueError("a background is given exactly where the branches are fitted with background compensation")
         for processor, seen in zip(reading, background or [], strict=True):
             processor.background = seen  # kept after the call: gradient checkpointing computes the layer again
+        if classes is not None:
+            self._check(classes, len(noisy) // 2)
         self.rows.classes = classes  # kept as well
         tau = timesteps.to(noisy.device).expand(len(noisy)) / self.num_train_timesteps
         for processor in self.processors:
@@ -247,14 +250,29 @@ class BranchUNet(nn.Module):
             raise RuntimeError(f"{self.route.calls} of {len(self._loras)} projections routed their rows by branch")
         return predicted
 
+    def _check(self, classes: Tensor, pairs: int) -> None:
+        """Raise ValueError where a class would be taken for another, or one for all pairs."""
+        if classes.shape not in ((pairs,), (pairs, self.classes)):
+            raise ValueError(
+                f"classes must be ({pairs},) or ({pairs}, {self.classes}) for {pairs} pairs and {self.classes} classes, got "
+                f"{tuple(classes.shape)}"
+            )
+        if classes.ndim == 1 and not (classes.min() >= 0 and classes.max() < self.classes):
+            raise ValueError(f"classes must lie in 0 to {self.classes - 1}, got {classes.tolist()}")
+
     @torch.no_grad()
     def fold(self, classes: Tensor | None = None) -> None:
         """Multiply out what is constant while drawing; trained values that change later are not seen.
 
         Args:
             classes: The one class of all that is drawn, (1,) or (1, K); None: what all classes share.
+
+        Raises:
+            ValueError: It is not one class, or unknown.
         """
         self.check()
+        if classes is not None:
+            self._check(classes, 1)
         for name, layer in self._loras.items():
             self.unet.set_submodule(name, FoldedLora(layer, self.route, classes))
         for processor in self.processors:

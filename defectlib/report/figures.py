@@ -259,13 +259,15 @@ def _matrices(
     lines = -(-len(shades) // 6)
     across = -(-len(shades) // lines)
     titles = {name: textwrap.wrap(layout.method_title(name), int(side / 0.105)) for name in shades}
-    labelled = 1 if lines * across == len(shades) else 2  # above an empty place labels stand as well
+    labelled = 1 if lines * across == len(shades) else 2  # in the row above an empty place labels stand as well
     height = lines * (side + 0.2 + 0.2 * max(map(len, titles.values()))) + labelled * below + 0.15
     figure = Picture(figsize=(side * across + longest + 0.3, height), layout="constrained")
     grid = figure.subplots(lines, across, squeeze=False, sharex=True, sharey=True).ravel()
     for empty in range(len(shades), len(grid)):
         grid[empty].remove()
-        grid[empty - across].tick_params(labelbottom=True)
+    if labelled == 2:
+        for above in grid[across * (lines - 2) : across * (lines - 1)]:
+            above.tick_params(labelbottom=True)
     for axes, (name, shade) in zip(grid, shades.items()):
         axes.imshow(shade, cmap=colours, vmin=ends[0], vmax=ends[1])
         for y, x in np.ndindex(n, n):
@@ -282,7 +284,7 @@ def _matrices(
 
 @_styled
 def gates(frame: pd.DataFrame) -> Figure:
-    """Gates over tau, a row a method and a column a kind: a line a layer, coloured by depth; dashed: at the start.
+    """Gates over tau, a row a method and a column a kind: a line a layer, coloured by depth, dotted if of text.
 
     Args:
         frame: Columns method, kind, block, layer, tau, gate, start; blocks in the order of a pass.
@@ -293,8 +295,9 @@ def gates(frame: pd.DataFrame) -> Figure:
     panels = figure.subplots(len(methods), len(kinds), sharex=True, sharey=True, squeeze=False)
     for (method, kind), own in frame.groupby(["method", "kind"], sort=False):
         axes = panels[methods.index(method), kinds.index(kind)]
-        for (block, _), line in own.groupby(["block", "layer"], sort=False):
-            axes.plot(line["tau"], line["gate"], color=shades[blocks.index(block)], linewidth=1.2)
+        for (block, layer), line in own.groupby(["block", "layer"], sort=False):
+            drawn = {"color": shades[blocks.index(block)], "linestyle": ":" if layer.endswith("attn2") else "-"}
+            axes.plot(line["tau"], line["gate"], linewidth=1.2, **drawn)
         axes.plot(line["tau"], line["start"], color="#222222", linewidth=1, linestyle="--")
     for axes in (axes for axes in panels.flat if not axes.lines):  # without compensation no background is injected
         axes.set_axis_off()
@@ -303,8 +306,10 @@ def gates(frame: pd.DataFrame) -> Figure:
     for row, method in zip(panels[:, 0], methods):
         row.set_ylabel("\n".join(textwrap.wrap(layout.method_title(method), 22)), fontsize=8)
     figure.supxlabel("share of noise τ: drawing goes from right to left", fontsize=9)
-    marks = [Line2D([], [], color=shade) for shade in shades] + [Line2D([], [], color="#222222", linestyle="--")]
-    figure.legend(marks, [*blocks, "at the start"], loc="outside upper left", ncols=min(7, len(marks)))
+    marks = [Line2D([], [], color=shade) for shade in shades]
+    marks += [Line2D([], [], color="#222222", linestyle=kind) for kind in ("-", ":", "--")]
+    said = [*blocks, "self-attention", "attention to text", "at the start"]
+    figure.legend(marks, said, loc="outside upper left", ncols=min(5, len(marks)))
     return _settled(figure)
 
 
