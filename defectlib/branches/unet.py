@@ -253,10 +253,8 @@ class BranchUNet(nn.Module):
     def _check(self, classes: Tensor, pairs: int) -> None:
         """Raise ValueError where a class would be taken for another, or one for all pairs."""
         if classes.shape not in ((pairs,), (pairs, self.classes)):
-            raise ValueError(
-                f"classes must be ({pairs},) or ({pairs}, {self.classes}) for {pairs} pairs and {self.classes} classes, got "
-                f"{tuple(classes.shape)}"
-            )
+            wanted = f"({pairs},) or ({pairs}, {self.classes}) for {pairs} pairs and {self.classes} classes"
+            raise ValueError(f"classes must be {wanted}, got {tuple(classes.shape)}")
         if classes.ndim == 1 and not (classes.min() >= 0 and classes.max() < self.classes):
             raise ValueError(f"classes must lie in 0 to {self.classes - 1}, got {classes.tolist()}")
 
