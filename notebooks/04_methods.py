@@ -233,7 +233,8 @@ motions.round(2)
 # $w = \lVert M \rVert_1\, \mathrm{softmax}\big(\mathrm{mean}_c (M (z_r' - z_t))^2\big) + 1$: largest where the latents of
 # this step differ most from the aligned real defect's. As printed the softmax runs over all pixels of the image; over those
 # of the mask the mean inside is exactly 2. Both are drawn here with all of their tail, and every step's weights are kept;
-# elsewhere weights are cut at `sae_cap`. Whether the tail or the cut damages what is drawn is counted further down.
+# elsewhere weights are cut at `sae_cap`. Whether the tail or the cut damages what is drawn is counted further down, and how
+# heavy the tail is on Stable Diffusion's larger grid is simulated below.
 
 # %%
 kept = {}
@@ -280,11 +281,34 @@ tail = pd.DataFrame({
 tail.round(3)
 
 # %% [markdown]
+# On 64 x 64 cells of four channels, where no base model ships here, from Gaussian latents of unit variance on both sides, which is
+# what $z_t$ is at the first step: 200 draws under a disc of 373 cells. The sum of all gains is fixed, and a few cells take it; a limit cuts
+# them, and hands what it cuts to no other.
+
+# %%
+generator = torch.Generator().manual_seed(0)
+y, x = torch.meshgrid(torch.arange(64), torch.arange(64), indexing="ij")
+disc = ((y - 31.5) ** 2 + (x - 31.5) ** 2 < 10.9**2).expand(200, 1, 64, 64)
+sides = [torch.randn(200, 4, 64, 64, generator=generator) for _ in range(2)]
+heavy = {}
+for over, cap in (("image", None), ("mask", None), ("mask", 2.0)):
+    w = attention.selective_weights(*sides, disc, softmax_over=over, cap=cap)[disc].view(200, -1)
+    gains = (w - 1).sort(descending=True).values
+    heavy[f"over the {over}, {'all of the tail' if cap is None else f'cut at {cap:g}'}"] = {
+        "largest weight, median": w.amax(1).median().item(), "mean inside, median": w.mean(1).median().item(),
+        "median weight": w.median().item(), "share of the gain in ten cells": (gains[:, :10].sum(1) / gains.sum(1)).median().item(),
+    }  # fmt: skip
+print(f"{int(disc[0].sum())} cells")
+pd.DataFrame(heavy).T.round(3)
+
+# %% [markdown]
 # ### Equations 8 and 9, on and off
 #
 # The weights multiply the rows of every cross-attention (Eq. 8). SFF comes after the last step: at random positions each
-# sample's feature is mixed with the most similar one of every other sample of its group (Eq. 9). *As released* takes the
-# values of the published code, which are these:
+# sample's feature is mixed with the most similar one of every other sample of its group (Eq. 9), and the base sample weighs 0.7 in its
+# turn, whichever it is. Here only positions inside the mask are written: that is the released form, not Eq. 9 as it is printed, which
+# changes the background too (*SFF anywhere*). *As released* takes the values of the published code, which are these; its references
+# weigh 0.3 each, 1.6 in all in a group of four, as here (in its own group of two it compares a sample with itself):
 
 # %%
 released = type(usual).as_released(**usual.fit_values())
@@ -366,12 +390,18 @@ effects = pd.DataFrame(rows, columns=columns).set_index("variant")
 effects.round(3)
 
 # %% [markdown]
-# A sample of a group with SFF off and on, and the difference (white is 32 grey levels or more).
+# What SAE and SFF change is hard to see in the samples themselves: of each defect one with both, without either, and with SFF anywhere,
+# and what each differs by from the one with both (white is 32 grey levels or more).
 
 # %%
-off, on = (drawn[name][i : i + 1] for name in ("no SFF", "SAE and SFF"))
-difference = ((on - off).abs().amax(1, keepdim=True) * 127.5 / 32).clamp(max=1)
-figure = figures.sheet([[*off, *on, *difference]], column_labels=["no SFF", "SFF", "difference"], scale=128 / s.size)
+on, rows = drawn["SAE and SFF"], []
+for d in s.defects:
+    k = next(k for k, r in enumerate(asked) if r.defect == d)
+    others = [drawn[name][k] for name in ("no SAE", "no SFF", "SFF anywhere")]
+    apart = [((other - on[k]).abs().amax(0, keepdim=True) * 127.5 / 32).clamp(max=1) for other in others]
+    rows.append([on[k], *[cell for pair in zip(others, apart) for cell in pair]])
+titles = ["SAE and SFF", *[title for name in ("no SAE", "no SFF", "SFF anywhere") for title in (name, "difference")]]
+figure = figures.sheet(rows, row_labels=list(s.defects), column_labels=titles, scale=128 / s.size)
 figures.save(figure, folder, f"defectsynth_fusion_{s.category}")
 figure
 

@@ -8,13 +8,15 @@ Selective Attention Enhancement (Equations 5-8, ``attention``) and Similarity-Ba
 Where the released code (INDTLab/DefectSynth c7bed91) differs, :meth:`DefectSynthConfig.as_released` names it:
 
 ===================  ==============================  ==========================================
-what                 here, as in the paper           released
+what                 here                            released
 ===================  ==============================  ==========================================
 sampler              20 steps, eta 0                 50 steps, eta 1
 blending mask        up to 1/8 of the side wider      up to 1/4
 background, eta 1    noised alike at every step      noised anew at every step
 SAE weights          Equation 7, cut at 2            min-max of the difference + 1
 SFF                  dot product, weights sum to 1    cosine, 0.7 + 0.3 each other sample; a no-op in a group of 2
+SFF's positions      inside the mask, as released     inside the mask (Eq. 9 as printed has none: ``sff_within``)
+alignment            every shift, 120 angles          25 shifts and 6 angles, at 512 px (not copied: never better)
 colours              as decoded                      one histogram over all channels, the normal image's
 value range          [-1, 1] throughout              trained in [-1, 1], sampled from images in [0, 1] (not copied)
 ===================  ==============================  ==========================================
@@ -87,8 +89,10 @@ class DefectSynthConfig(MethodConfig):
         sae_cap: Largest weight: 2 is the released code's range. None leaves the tail of Equation 7, whose largest
             weight is some 70 on Stable Diffusion's 64 x 64 cells and a few on the 16 x 16 of ``tiny``. There
             ``04_methods`` counts no damage in either form: the limit is a precaution for the larger grid, no finding.
-        sff_within: Fuse features inside the mask ("in the generated defective regions", Section III-E, and the
-            released code), or anywhere, as Equation 9 is printed: that changes the background too.
+        sff_base_weight: w_i of the sample whose turn it is, w_j of the others share the rest equally: Equation 9's
+            weights are read as of roles, not of samples by number.
+        sff_within: Fuse features inside the mask, which is the released code's form (Section III-E speaks of "the
+            generated defective regions"), or anywhere, as Equation 9 is printed: that changes the background too.
     """
 
     DRAWING: ClassVar[tuple[str, ...]] = (

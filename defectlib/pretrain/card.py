@@ -50,14 +50,16 @@ def draw(
     return base.decode(denoise(prompted(base, prompts, scale), noise, base.scheduler, steps))
 
 
+WANTED = 28.0
+"""Of every picture, in dB."""
 CARD = """# Model card: tiny
 
 A latent diffusion model of {parameters:.1f} M parameters in Stable Diffusion 1.5's classes and folder layout, for
 images of 64 px, with which every method runs from end to end without a download. Of the world in
 `defectlib/data/world.py` it draws white silhouettes, small parts on grey, and surfaces of the tone that is asked for,
 about half of them with their pattern; objects come out as ragged blots, and a prompt decides tone and kind more than
-form (`03_backbone` shows two of each kind, with a prompt and without). It was trained on
-{seen:,} pictures in all, counted with repeats; it is of no use as a picture generator.
+form (`03_backbone` shows two of each kind, with a prompt and without). Without a prompt a person recognises little:
+rubble and blots. It was trained on {seen:,} pictures in all, counted with repeats; it is of no use as a picture generator.
 
 ## Made by
 
@@ -73,16 +75,20 @@ Peak signal to noise ratio of what went through the autoencoder (float16 weights
 
 {psnr}
 
+{wanted:g} dB were wanted; below them: {below}.
+
 ## How far it is from `mini`
 
 `mini` is not in the world. Pixel AP of a localiser tested on real defects of `mini`, {defects} kinds a category, and
-trained (`demo` protocol, one seed) on what the base model draws into moved masks from the defect's prompt alone, on
-{shots} shots a kind alone, and on Crop-Paste of these shots; chance is the share of defect pixels:
+trained (`demo` protocol, one seed) on what the base model draws from the defect's prompt alone (into `mini`'s normal
+images, at moved masks of the shots), on {shots} shots a kind alone, and on Crop-Paste of these shots; chance is the share
+of defect pixels:
 
 {localisation}
 
 Relatives of four categories are in the world (blocks in bond, fibres, pebbles, rings), so zero-shot samples
-teach a part; what a method has to add is the distance from the first column to the second.
+teach a part, as masks and surroundings do; what a method has to add is the distance from the first column to the
+second.
 
 Root mean square difference, in grey levels of 255, of `mini`'s defect images to the nearest other defect image of
 their category, to the nearest of as many pictures of the world (mean over {draws} draws), and to the nearest of all
@@ -116,6 +122,7 @@ def card(base: Backbone, pixels: Tensor, held_out: int, seed: int, folder: Path,
     rows = {"the world, held out": recipe.to_float(pixels[:held_out])}
     rows |= {f"mini, {name}": shown for name, shown in own.items()} | {"mini, all": torch.cat(list(own.values()))}
     kept = pd.DataFrame({"PSNR, dB": {name: reconstruction(base, shown) for name, shown in rows.items()}})
+    below = kept.index[kept["PSNR, dB"] < WANTED]
     fits = (recipe.UNET_WARM_FIT, recipe.UNET_FIT, recipe.UNET_LAST_FIT)
     digests = {f"`{file}`": f"`{paths.sha256(folder / file)}`" for file in files_of(folder)}
     modules = (base.vae, base.unet, base.text_encoder)
@@ -126,7 +133,8 @@ def card(base: Backbone, pixels: Tensor, held_out: int, seed: int, folder: Path,
         seed=seed, pictures=len(pixels), held_out=held_out, command=f"python -m defectlib.pretrain --seed {seed}",
         latent=" x ".join(map(str, base.latent_shape(world.SIZE))), defects=evidence.DEFECTS, shots=evidence.SHOTS,
         seen=sum(one.steps * one.batch_size for one in fits), draws=evidence.DRAWS, trained=len(pixels) - held_out,
-        psnr=_table("pictures", kept, 2), localisation=_table("category", evidence.localisation(base, work), 3),
+        psnr=_table("pictures", kept, 2), wanted=WANTED, below="; ".join(below) or "none",
+        localisation=_table("category", evidence.localisation(base, work), 3),
         nearest=_table("category", evidence.nearest(pixels[held_out:]), 1),
         files=_table("file", pd.DataFrame({"sha256": digests})),
     )  # fmt: skip

@@ -270,6 +270,8 @@ def _reasons(row, spec: Spec, published_for: set[str], started: set[tuple[str, s
         found.append("other_extractor")
     if row.dataset not in published_for:
         found.append("other_dataset")
+        if spec.profile != "paper" and row.profile != spec.profile:  # a table by a protocol of its own
+            found.append("reduced_scale")
     else:
         open_in_paper = pd.isna(row.published) and not row.metric.startswith("tiny-")
         if open_in_paper or row.metric in HALF_DEFINED:
