@@ -59,7 +59,8 @@ images of 64 px, with which every method runs from end to end without a download
 `defectlib/data/world.py` it draws white silhouettes, small parts on grey, and surfaces of the tone that is asked for,
 about half of them with their pattern; objects come out as ragged blots, and a prompt decides tone and kind more than
 form (`03_backbone` shows two of each kind, with a prompt and without). Without a prompt a person recognises little:
-rubble and blots. It was trained on {seen:,} pictures in all, counted with repeats; it is of no use as a picture generator.
+rubble and blots. It was trained on {seen:,} pictures in all, counted with repeats; it is of no use as a picture
+generator.
 
 ## Made by
 
@@ -81,8 +82,8 @@ Peak signal to noise ratio of what went through the autoencoder (float16 weights
 
 `mini` is not in the world. Pixel AP of a localiser tested on real defects of `mini`, {defects} kinds a category, and
 trained (`demo` protocol, one seed) on what the base model draws from the defect's prompt alone (into `mini`'s normal
-images, at moved masks of the shots), on {shots} shots a kind alone, and on Crop-Paste of these shots; chance is the share
-of defect pixels:
+images, at moved masks of the shots), on {shots} shots a kind alone, and on Crop-Paste of these shots; chance is the
+share of defect pixels:
 
 {localisation}
 
