@@ -192,7 +192,8 @@ way.round(3)
 #
 # A frame is kept where it has as many pieces as its endpoints (where they differ, as many as the one, the other, or between)
 # and an area within half to twice the interpolated one. Frames that are not kept are framed red. A latent frame that comes
-# out black is refused and counted.
+# out black, but for specks beyond the rectangle that holds both masks, is refused and counted. The hybrid source goes by the paper's
+# mean area alone: where latent space keeps few frames of a large defect, it draws pairs until one is kept.
 
 # %%
 n_frames = min(interpolation.FRAMES, s.settings.sample.n_per_defect)

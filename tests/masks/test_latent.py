@@ -62,6 +62,15 @@ def test_each_frame_between_two_masks_is_drawn_once():
     assert len(drawn) <= 20 and len({mask.numpy().tobytes() for mask in masks}) > 2
 
 
+def test_specks_beyond_both_masks_are_black():
+    speck = torch.full((3, 32, 32), -1.0)
+    speck[:, 30:, :6] = 1.0
+    stained = latent.Space(lambda images: images, lambda noise: speck.expand(len(noise), -1, -1, -1))
+    assert set(latent.interpolate(disc(12, 12, 6), disc(20, 20, 6), stained).refused) == {"all black"}
+    near = latent.interpolate(disc(12, 12, 6), disc(28, 4, 3), stained)
+    assert not any(why == "all black" for why in near.refused) and all(near.refused), "it lies where a mask is"
+
+
 def test_the_source_never_falls_back_to_image_space():
     dark = latent.Space(lambda images: images, lambda noise: torch.full_like(noise, -1.0))
     with pytest.raises(ValueError, match=r"plate/hole.*all black"):
