@@ -39,6 +39,7 @@ ARTEFACTS = {
     "checkpoints": (),
     "learning_curve": ("curve",),
 }
+CODE = ("defectlib", "papermill_params", "workflow", "pyproject.toml", "requirements.lock")
 PACKAGES = (
     "torch", "torchvision", "diffusers", "peft", "transformers", "accelerate", "torch-fidelity", "lpips",
     "segmentation-models-pytorch", "scikit-learn", "scikit-image", "scipy", "numpy", "pandas", "papermill",
@@ -106,9 +107,9 @@ def stage_key(parameters: dict[str, Any], upstream: list[str]) -> str:
 
 
 def git_state() -> tuple[str, bool]:
-    """(commit, dirty): dirty where files differ from it or are new; ("unknown", True) outside a repository.
+    """(commit, dirty): dirty where what runs differs from it or is new; ("unknown", True) outside a repository.
 
-    ``figures/`` and executed notebooks are results, not code: a run rewrites them, so they do not make it dirty.
+    Looked at are :data:`CODE` and the notebooks' text; results, which a run rewrites, and a user's own files are none.
     """
 
     def git(*words: str) -> str:
@@ -116,9 +117,7 @@ def git_state() -> tuple[str, bool]:
         return call.stdout.strip()
 
     try:
-        changed = git(
-            "status", "--porcelain", "--untracked-files=normal", "--", ".", ":!figures", ":!notebooks/*.ipynb"
-        )
+        changed = git("status", "--porcelain", "--untracked-files=normal", "--", *CODE, "notebooks/*.py")
         return git("rev-parse", "HEAD"), bool(changed)
     except (OSError, subprocess.CalledProcessError):
         return "unknown", True

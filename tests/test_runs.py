@@ -1,11 +1,12 @@
 import json
+import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
-from defectlib import runs
+from defectlib import paths, runs
 from defectlib.runs import RunFolder
 
 IDENTITY = {"profile": "p", "split": "first_third", "dataset": "d", "category": "c", "method": "m", "seed": 0}
@@ -122,3 +123,26 @@ def test_no_two_make_a_stage_at_once(tmp_path):
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda i: made(Here(), ("a", "b")[i % 2], 0), range(8)))
     assert len(most) == 8 and max(most) == 1
+
+
+def test_what_makes_code_dirty(tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "ROOT", tmp_path)
+    assert runs.git_state() == ("unknown", True)
+    for name in ("defectlib/a.py", "notebooks/01.py", "notebooks/01.ipynb", "README.md"):
+        paths.write_text(tmp_path / name, "")
+
+    def git(*words):
+        named = ("-c", "user.name=a", "-c", "user.email=a@b")
+        subprocess.run(["git", "-C", str(tmp_path), *named, *words], check=True, capture_output=True)
+
+    for words in (("init",), ("add", "."), ("commit", "-m", "all")):
+        git(*words)
+    for name in ("notebooks/01.ipynb", "README.md", "figures/a.png", "my_images/b.png"):
+        paths.write_text(tmp_path / name, "new")
+    assert len(runs.git_state()[0]) == 40 and not runs.git_state()[1], "results, text and a user's own files"
+    for name in ("defectlib/a.py", "notebooks/01.py", "papermill_params/b.yaml"):
+        paths.write_text(tmp_path / name, "new")
+        assert runs.git_state()[1], name
+        git("add", ".")
+        git("commit", "-m", name)
+        assert not runs.git_state()[1]
