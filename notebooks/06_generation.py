@@ -155,7 +155,7 @@ for defect in s.defects:
         labels += [f"{title}\n{'parts' if parts else 'masks'}", f"{defect}\n{title}"]
         outlines += [[None] * len(drawn), [item.mask if parts else None for item in drawn]]
 fold = len(rows) // len(s.defects)
-figure = figures.sheet(rows, row_labels=labels, outline_masks=outlines, scale=80 / s.size, fold=fold)
+figure = figures.sheet(rows, row_labels=labels, outline_masks=outlines, scale=64 / s.size, fold=fold)
 figures.save(figure, folder, f"fig_3_generated_{s.category}")
 figure
 
