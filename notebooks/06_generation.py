@@ -193,8 +193,8 @@ figure if together else "No method here draws its masks together with its images
 # nearest shot of its defect, in the features of the profile's extractor. Compared is a square around the defect, as large
 # as the largest shot needs, because the rest of the image differs from shot to shot anyway. **A large distance says that a
 # sample is drawn least like any real defect.** That need not be wrong (a new, good one is far from the shots too), so held-out
-# real defects stand in the same table, and the twelve farthest samples of each method that learns are shown, the farthest
-# first, to be judged by eye, under their masks and with their distances.
+# real defects stand in the same table, and the twelve farthest samples of each method that learns are shown, by defect and the
+# farthest first, to be judged by eye, under their masks and with their distances.
 
 # %%
 extract = features.load(s.settings.quality.extractor)
@@ -217,13 +217,16 @@ ranked = distances[distances["source"].isin(learning)].sort_values("distance", a
 ranked = ranked.groupby("source").head(12).astype({"seed": int})
 rows, titles, captions = [], [], []
 for method in learning:
-    own = ranked[ranked["source"] == method]
+    own = ranked[ranked["source"] == method].sort_values(
+        "defect", key=lambda names: names.map(s.defects.index), kind="stable"
+    )
     drawn = [sampling.read_pair(s.folder(method, seed).path, one) for one in own["seed"]]
     rows += [[mask for _, mask in drawn], [image for image, _ in drawn]]
     titles += ["masks", layout.method_title(method)]
-    captions += [[""] * len(drawn), [f"{row.defect.replace('_', ' ')}\n{row.distance:.2f}" for row in own.itertuples()]]
+    heads = own["defect"].where(~own["defect"].duplicated(), "").str.replace("_", " ")  # under the first of each defect
+    captions += [[""] * len(drawn), [f"{head}\n{far:.2f}" for head, far in zip(heads, own["distance"])]]
 listed = ranked[["source", "defect", "seed", "distance"]].reset_index(drop=True)
-figure = figures.sheet(rows, row_labels=titles, captions=captions, scale=80 / s.size)
+figure = figures.sheet(rows, row_labels=titles, captions=captions, scale=64 / s.size)
 figures.save(figure, folder, f"failures_{s.category}", listed)
 figure
 
