@@ -248,12 +248,13 @@ def collect(root: Path | str | None = None, profile: str | None = None, dataset:
 
     Args:
         root: The runs folder; default ``runs/``.
-        profile: Keep the runs of this profile only (whatever their split).
+        profile: Keep the runs of this profile only (whatever their split), and only where they were made: a copy in
+            another profile's folder would count twice.
         dataset: Keep the runs of this data set only.
     """
     rows = []
     root = Path(root or paths.RUNS)
-    for file in sorted(root.glob("*/*/*/*/s[0-9]*/*.json")):
+    for file in sorted(root.glob(f"{profile or '*'}/{dataset or '*'}/*/*/s[0-9]*/*.json")):
         if file.stem not in STAGES:
             continue
         record = json.loads(file.read_text())

@@ -1,4 +1,5 @@
 import json
+import shutil
 import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -83,6 +84,9 @@ def test_collect_is_one_long_frame(tmp_path, folder):
     assert frame["extractor"].unique().tolist() == ["tiny"] and frame["n_real"].unique().tolist() == [3]
     assert frame["seed"].tolist() == [0, 0] and frame["path"][0] == "p/d/c/m/s0/fit.json"
     assert runs.collect(tmp_path, profile="other").empty
+    shutil.copytree(tmp_path / "p", tmp_path / "copied")
+    assert runs.collect(tmp_path, profile=IDENTITY["profile"], dataset="d").equals(frame), "a copy does not count twice"
+    shutil.rmtree(tmp_path / "copied")
     assert runs.collect_parquet(tmp_path, tmp_path / "all.parquet").equals(frame)
 
 
