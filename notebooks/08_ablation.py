@@ -153,7 +153,7 @@ drawn = {
 figure = figures.sheet(
     [[part for item in samples for part in ((item.image, item.mask) if item else (None, None))] for samples in drawn.values()],
     row_labels=[textwrap.fill(layout.method_title(name), 20) for name in drawn],
-    column_labels=[title for defect in s.defects for title in (defect, "mask")],
+    column_labels=[title for defect in s.defects for title in (defect.replace("_", " "), "mask")],
     scale=80 / s.size, fold=1, missing="none",
 )  # fmt: skip
 figures.save(figure, folder, f"fig_5_ablation_{s.category}")

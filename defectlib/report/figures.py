@@ -452,7 +452,7 @@ def learning(frame: pd.DataFrame) -> Figure:
         sizes = sorted(frame.loc[frame["axis"] == axis, "n"].unique())
         present = [method for method in methods if method in set(part["method"])]
         for i, method in enumerate(present):
-            shift = (i - (len(present) - 1) / 2) * 0.08
+            shift = (i - (len(present) - 1) / 2) * (0.08 if part["seed"].nunique() > 1 else 0)
             _line(axes, part[part["method"] == method], sizes, shift, colours[method])
         axes.set_xticks(range(len(sizes)), sizes)
         axes.set_xlabel(LEARNING_AXES[axis] if row == len(metrics) - 1 else "")
@@ -462,7 +462,7 @@ def learning(frame: pd.DataFrame) -> Figure:
 
 
 def _line(axes: Axes, some: pd.DataFrame, sizes: list, shift: float, colour: str) -> None:
-    """One method's curve over evenly spaced ``sizes``, moved aside by ``shift`` so that bars do not hide each other."""
+    """One method's curve over evenly spaced ``sizes``, moved aside by ``shift`` where bars would hide each other."""
     axes.plot(some["n"].map(sizes.index) + shift, some["value"], ".", color=colour, alpha=0.4, markersize=5)
     grouped = some.groupby("n")["value"]
     at = [sizes.index(n) + shift for n in grouped.mean().index]
