@@ -282,7 +282,7 @@ tail.round(3)
 
 # %% [markdown]
 # On 64 x 64 cells of four channels, where no base model ships here, from Gaussian latents of unit variance on both sides, which is
-# what $z_t$ is at the first step: 200 draws under a disc of 373 cells. The sum of all gains is fixed, and a few cells take it; a limit cuts
+# what $z_t$ is at the first step: 200 draws under a disc of 376 cells. The sum of all gains is fixed, and a few cells take it; a limit cuts
 # them, and hands what it cuts to no other.
 
 # %%
@@ -390,7 +390,7 @@ effects = pd.DataFrame(rows, columns=columns).set_index("variant")
 effects.round(3)
 
 # %% [markdown]
-# What SAE and SFF change is hard to see in the samples themselves: of each defect one with both, without either, and with SFF anywhere,
+# What SAE and SFF change is hard to see in the samples themselves: of each defect one with both, without each, and with SFF anywhere,
 # and what each differs by from the one with both (white is 32 grey levels or more).
 
 # %%

@@ -10,9 +10,9 @@ from defectlib.profiles import explains
 CAPTIONS = {
     "overview": "At a glance: the first shot of every defect and each method's first sample of it, with their masks.",
     "fig_3_generated": "Real, mask, generated, as in DefectSynth Figs. 3 and 4: every defect's real images with "
-    "outlined masks, the drawn masks, and what each method drew for them.",
-    "failures": "Each method's twelve samples that are farthest from every shot of their defect, the farthest first, "
-    "masks outlined.",
+    "masks, the drawn masks, and what each method drew for them.",
+    "failures": "Each method's twelve samples that are farthest from every shot of their defect, by defect and the "
+    "farthest first, under their masks; below them the distance.",
     "fig_1_starting_point": "The starting point, as in DefectSynth Fig. 1: normal images, and all that a method may "
     "see of each defect; red outlines are the masks.",
     "mask_area": "How large the defects are: a dot is one real mask, the bar its defect's mean; DefectSynth "
@@ -56,7 +56,7 @@ CAPTIONS = {
     "fig_5_pairs": "As in DualAnoDiff Fig. 5: of every defect the first kept pair, its image, its anomaly part, the "
     "mask read off it, and the mask on the image; beside it, at which drawing it was kept and at which threshold cut.",
     "loss_curves": "The loss of every method that learns, over the steps of its fit.",
-    "fig_5_ablation": "Every method with one part changed at a time, for the same seeds; masks outlined.",
+    "fig_5_ablation": "Every method with one part changed at a time, for the same seeds, beside its masks.",
     "dualanodiff_fig_4": "As in DualAnoDiff Fig. 4: a normal image, the background that is read of it, and pairs "
     "drawn by the models without and with background compensation.",
     "symmetry_aware_taken_for": "What a classifier of the shots takes the samples of each defect for, by method.",
@@ -67,7 +67,7 @@ CAPTIONS = {
     "symmetry_aware_gates": "The symmetry-aware system's gates (TDAM) over the share of noise, by depth; dashed: the "
     "start.",
     "symmetry_aware_weights": "Where the symmetry-aware system's loss looks (SGRL): shots with outlined masks, and the "
-    "weights of their cells; black is zero, white the map's largest.",
+    "weights of their cells, whose smallest and largest stand below; white is the largest, black would be none.",
     "downstream": "Downstream models trained on the shots alone and on samples, tested on held-out real images.",
     "confusion": "Which defects the classifier confuses, summed over seeds.",
     "worst_misses": "The held-out defects that the localiser found least: image, truth, prediction.",
