@@ -259,15 +259,11 @@ def _matrices(
     lines = -(-len(shades) // 6)
     across = -(-len(shades) // lines)
     titles = {name: textwrap.wrap(layout.method_title(name), int(side / 0.105)) for name in shades}
-    labelled = 1 if lines * across == len(shades) else 2  # in the row above an empty place labels stand as well
-    height = lines * (side + 0.2 + 0.2 * max(map(len, titles.values()))) + labelled * below + 0.15
+    height = lines * (side + 0.2 + 0.2 * max(map(len, titles.values())) + below) + 0.15
     figure = Picture(figsize=(side * across + longest + 0.3, height), layout="constrained")
     grid = figure.subplots(lines, across, squeeze=False, sharex=True, sharey=True).ravel()
     for empty in range(len(shades), len(grid)):
         grid[empty].remove()
-    if labelled == 2:
-        for above in grid[across * (lines - 2) : across * (lines - 1)]:
-            above.tick_params(labelbottom=True)
     for axes, (name, shade) in zip(grid, shades.items()):
         axes.imshow(shade, cmap=colours, vmin=ends[0], vmax=ends[1])
         for y, x in np.ndindex(n, n):
@@ -278,7 +274,7 @@ def _matrices(
         axes.set_title("\n".join(titles[name]))
         axes.grid(visible=False)
         axes.spines[:].set_visible(False)
-        axes.tick_params(length=0)
+        axes.tick_params(length=0, labelbottom=True)
     return figure, grid
 
 
@@ -305,6 +301,7 @@ def gates(frame: pd.DataFrame) -> Figure:
         axes.set_title(kind)
     for row, method in zip(panels[:, 0], methods):
         row.set_ylabel("\n".join(textwrap.wrap(layout.method_title(method), 22)), fontsize=8)
+    figure.supylabel("gate", fontsize=9)
     figure.supxlabel("share of noise τ: drawing goes from right to left", fontsize=9)
     marks = [Line2D([], [], color=shade) for shade in shades]
     marks += [Line2D([], [], color="#222222", linestyle=kind) for kind in ("-", ":", "--")]
