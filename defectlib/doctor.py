@@ -58,7 +58,7 @@ def locked_versions(text: str) -> dict[str, str]:
 
 def _profiles() -> tuple[str, list[str]]:
     return "Profiles", [
-        f"{name:8} {s.data.image_size} px, extractor {s.quality.extractor}, methods {', '.join(s.asked(None))}"
+        f"{name:16} {s.data.image_size} px, {', '.join(s.asked(None))}; needs {', '.join([s.backbone, *s.weights()])}"
         for name in profiles.names()
         for s in (profiles.load(name),)
     ]

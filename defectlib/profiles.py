@@ -269,6 +269,11 @@ class Profile(Strict):
         """The methods to run: those asked for, else the profile's."""
         return methods or self.run or list(self.methods)
 
+    def weights(self) -> list[str]:
+        """The weights of ``metrics.files`` that it needs and the package does not bring."""
+        known = {self.quality.extractor, self.quality.perceptual} - {"tiny"}
+        return sorted(known | ({"resnet34"} if self.downstream.classifier.pretrained else set()))
+
     def variants_of(self, methods: Sequence[str]) -> list[str]:
         """The variants of these methods."""
         return [name for name, variant in self.variants.items() if variant.of in methods]

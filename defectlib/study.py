@@ -439,12 +439,9 @@ def require_weights(parameters: Parameters) -> None:
         ValueError: A file is damaged, or a method is unknown.
     """
     settings = parameters.settings()
-    wanted = {settings.quality.extractor, settings.quality.perceptual} - {"tiny"}
-    if settings.downstream.classifier.pretrained:
-        wanted.add("resnet34")
     missing = []
     # Notebooks 02, 03 and 07 look at the base model, whatever the methods.
-    for find, name in [(backbone.digest, settings.backbone), *((files.locate, name) for name in sorted(wanted))]:
+    for find, name in [(backbone.digest, settings.backbone), *((files.locate, name) for name in settings.weights())]:
         try:
             find(name)
         except FileNotFoundError as error:

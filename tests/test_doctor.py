@@ -33,3 +33,9 @@ def test_a_base_model_that_is_not_here_is_named_with_its_remedy(tmp_path, monkey
     _, lines = doctor._base_models()
     assert lines[0] == f"{'tiny':10} present: {backbone.folder_of('tiny')}"
     assert "mistyped/model_index.json is missing (DEFECTLIB_SD15 names that folder): run `hf download" in lines[1]
+
+
+def test_a_profile_is_told_with_what_it_needs():
+    lines = {line.split()[0]: line for line in doctor._profiles()[1]}
+    assert lines["demo"].endswith("needs tiny")
+    assert "512 px" in lines["paper"] and "needs sd15, " in lines["paper"] and "inception" in lines["paper"]

@@ -4,12 +4,24 @@ import pytest
 from pydantic import ValidationError
 
 from defectlib import paths, profiles
+from defectlib.report import layout
 
 
 def test_shipped_profiles_are_valid():
     assert {"smoke", "demo", "paper"} <= set(profiles.names())
     for name in profiles.names():
         assert profiles.load(name).profile == name
+
+
+def test_every_row_of_every_profile_has_a_title():
+    for name in profiles.names():
+        shipped = profiles.load(name)
+        assert {*shipped.methods, *shipped.variants} <= set(layout.METHOD_TITLES), name
+
+
+def test_a_profile_tells_the_weights_that_it_needs():
+    assert profiles.load("demo").weights() == []
+    assert {"inception", "resnet34"} < set(profiles.load("paper").weights())
 
 
 def test_unknown_profile_lists_the_known():

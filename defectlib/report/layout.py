@@ -16,7 +16,11 @@ from defectlib.report.specs import ORACLE, REASONS, codes
 from defectlib.runs import STAGES
 
 METHOD_TITLES = {name: title for title, name in published.METHODS.items()} | {
-    "defectsynth_as_released": "DefectSynth, as released", "crop_paste_no_turns": "Crop-Paste, no turns",
+    "defectsynth_as_released": "DefectSynth, as released",
+    "defectsynth_sae_as_printed": "DefectSynth, SAE over all pixels, no limit",
+    "defectsynth_sae_no_limit": "DefectSynth, SAE's weights without limit",
+    "defectsynth_sff_as_printed": "DefectSynth, SFF anywhere",
+    "crop_paste_no_turns": "Crop-Paste, no turns",
     "crop_paste_anywhere": "Crop-Paste, anywhere", "crop_paste_feather": "Crop-Paste, feather 2 px",
     "dualanodiff_no_interaction": "DualAnoDiff w/o SAIM", "dualanodiff_compensated": "DualAnoDiff with BCM",
     "dualanodiff_not_compensated": "DualAnoDiff, BCM's settings without it",
@@ -43,6 +47,7 @@ METHOD_TITLES = {name: title for title, name in published.METHODS.items()} | {
     "symmetry_aware_no_guidance": "Symmetry-aware w/o SGRL", "symmetry_aware_compensated": "Symmetry-aware with BCM",
     "symmetry_aware_compensated_no_gates": "Symmetry-aware with BCM, w/o TDAM",
     "defectsynth_filtered": "DefectSynth, filtered", "crop_paste_filtered": "Crop-Paste, filtered",
+    "crop_paste_two_shots": "Crop-Paste, two shots of each",
 }  # fmt: skip
 DATASET_TITLES = {name: title for title, name in published.DATASETS.items()}
 METRIC_TITLES = {
