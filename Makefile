@@ -1,12 +1,13 @@
 # Each target is one line that a person could type. PROFILE, DATASET, DATA_ROOT, GRID, SPLIT, TILES, FOREGROUNDS,
-# CATEGORY, METHODS, VARIANTS, SEEDS and CORES are handed to `python -m defectlib reproduce`.
+# CATEGORY, METHODS, VARIANTS, SEEDS, UNTIL and CORES are handed to `python -m defectlib reproduce`.
 PROFILE ?= demo
 DATASET ?= mini
 PY := .venv/bin/python
 OPTIONS = --profile "$(PROFILE)" --dataset "$(DATASET)" $(if $(DATA_ROOT),--data-root "$(DATA_ROOT)") \
   $(if $(GRID),--grid "$(GRID)") $(if $(SPLIT),--split "$(SPLIT)") $(if $(TILES),--tiles "$(TILES)") \
   $(if $(CATEGORY),--category "$(CATEGORY)") $(if $(METHODS),--methods "$(METHODS)") $(if $(SEEDS),--seeds "$(SEEDS)") \
-  $(if $(VARIANTS),--variants "$(VARIANTS)") $(if $(CORES),--cores "$(CORES)") $(if $(FOREGROUNDS),--foregrounds "$(FOREGROUNDS)")
+  $(if $(VARIANTS),--variants "$(VARIANTS)") $(if $(UNTIL),--until "$(UNTIL)") \
+  $(if $(CORES),--cores "$(CORES)") $(if $(FOREGROUNDS),--foregrounds "$(FOREGROUNDS)")
 
 .PHONY: reproduce claims test env lock notebooks figures backbone bench lint doctor
 

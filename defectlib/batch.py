@@ -55,7 +55,9 @@ class Job:
     needs: tuple[str, ...]
 
 
-def jobs(parameters: Parameters, categories: list[str], grouping: str = "category") -> dict[str, Job]:
+def jobs(
+    parameters: Parameters, categories: list[str], grouping: str = "category", until: str | None = None
+) -> dict[str, Job]:
     """The run graph over data set x category x method x seed; with 04_methods if all that it trains is asked for.
 
     Args:
@@ -63,6 +65,10 @@ def jobs(parameters: Parameters, categories: list[str], grouping: str = "categor
         categories: The categories to cover.
         grouping: "category": one kernel serves all methods and seeds of a category (one machine, where imports cost
             10 s a kernel); "run": one job a method and seed (a cluster).
+        until: A notebook: it and those that it needs alone; None is all.
+
+    Raises:
+        ValueError: There is no such grouping or notebook.
     """
     settings = parameters.settings()
     methods = settings.asked(parameters.methods)
@@ -72,6 +78,7 @@ def jobs(parameters: Parameters, categories: list[str], grouping: str = "categor
         groups = {f".{m}.s{s}": ([m], [s]) for m in methods for s in seeds}
     elif grouping != "category":
         raise ValueError(f"grouping must be 'category' or 'run', got '{grouping}'")
+    wanted = set(NOTEBOOKS) if until is None else _with_needs(until)
     graph: dict[str, Job] = {}
     by_scope: dict[tuple[str, str, str], str] = {}
 
@@ -89,7 +96,7 @@ def jobs(parameters: Parameters, categories: list[str], grouping: str = "categor
         by_scope[notebook, category, group] = name
 
     for notebook, (unit, _, _) in NOTEBOOKS.items():
-        if notebook == "04_methods" and not profiles.explains(methods):
+        if notebook not in wanted or (notebook == "04_methods" and not profiles.explains(methods)):
             continue
         if unit == "dataset":
             add(notebook, "", "", {"category": categories[0], "methods": methods, "seeds": seeds})
@@ -98,6 +105,13 @@ def jobs(parameters: Parameters, categories: list[str], grouping: str = "categor
             for group, (some, few) in groups.items() if unit == "run" else [("", (methods, seeds))]:
                 add(notebook, category, group, {"category": category, "methods": some, "seeds": few})
     return graph
+
+
+def _with_needs(notebook: str) -> set[str]:
+    """A notebook and all that it needs."""
+    if notebook not in NOTEBOOKS:
+        raise ValueError(f"there is no notebook '{notebook}'; there are: {', '.join(NOTEBOOKS)}")
+    return {notebook}.union(*map(_with_needs, NOTEBOOKS[notebook][1]))
 
 
 def watch_coordinator() -> None:
@@ -317,6 +331,7 @@ def reproduce(values: dict[str, Any], words: list[str]) -> None:
 
     check_pairs()
     parameters = params.validate(values["parameters"])
+    graph = jobs(parameters, values["categories"], values["grouping"], values["until"])
     folder = parameters.dataset_folder()
     folder.mkdir(parents=True, exist_ok=True)
     lock = os.open(folder / ".reproduce.lock", os.O_RDWR | os.O_CREAT)
@@ -332,8 +347,7 @@ def reproduce(values: dict[str, Any], words: list[str]) -> None:
     os.ftruncate(lock, 0)
     os.pwrite(lock, str(os.getpid()).encode(), 0)
     os.set_inheritable(lock, True)
-    graph = jobs(parameters, values["categories"], values["grouping"])
-    if "04_methods" not in graph:
+    if "04_methods" not in graph and values["until"] in (None, "04_methods"):
         print(
             f"without 04_methods, which trains {', '.join(profiles.EXPLAINED)}: not all of them are asked for",
             flush=True,

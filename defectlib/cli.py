@@ -47,6 +47,7 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--methods", type=_names, help=only)
     one.add_argument("--variants", type=_some, help="variants of them instead of all: names, none, or claimed")
     one.add_argument("--seeds", type=_seeds, help="comma-separated seeds instead of the profile's")
+    one.add_argument("--until", help="a notebook: it and those that it needs alone, for example 06_generation")
     one.add_argument("--grouping", choices=["category", "run"], default="category", help="what one job covers")
     one.add_argument("--cores", type=_cores, default=os.cpu_count(), help="jobs at a time on one machine")
     known = sorted(folder.name for folder in (paths.ROOT / "workflow" / "profiles").glob("*"))
@@ -159,6 +160,7 @@ def _reproduce(a: argparse.Namespace) -> int:
         study.open_category(parameters.model_copy(update={"category": category}))
     values = {
         "parameters": parameters.model_dump(exclude_none=True), "categories": chosen, "grouping": a.grouping,
+        "until": a.until,
     }  # fmt: skip
     words = ["--workflow-profile", str(paths.ROOT / "workflow" / "profiles" / a.workflow_profile)]
     words += ["--cores", str(a.cores)] if a.workflow_profile == "default" else []
@@ -178,7 +180,8 @@ def _run_job(a: argparse.Namespace) -> int:
     from defectlib import batch
 
     values = json.loads(a.batch.read_text())
-    graph = batch.jobs(params.validate(values["parameters"]), values["categories"], values["grouping"])
+    parameters = params.validate(values["parameters"])
+    graph = batch.jobs(parameters, values["categories"], values["grouping"], values["until"])
     batch.run_job(graph[a.job])
     print(batch.progress(graph, a.job))
     return 0

@@ -117,6 +117,16 @@ def test_nothing_is_trained_that_was_not_asked_for():
     assert "04_methods" in batch.jobs(Parameters(profile="demo", methods=list(profiles.EXPLAINED)), ["gear"])
 
 
+def test_a_batch_ends_with_the_notebook_that_is_asked_for():
+    graph = batch.jobs(Parameters(profile="demo"), ["gear", "nut"], until="06_generation")
+    assert set(graph) == {
+        "01_data",
+        *(f"{book}.{c}" for book in ("05_training", "06_generation") for c in ("gear", "nut")),
+    }
+    with pytest.raises(ValueError, match="no notebook 'generation'; there are: 01_data"):
+        batch.jobs(Parameters(profile="demo"), ["gear"], until="generation")
+
+
 def test_receipts_without_their_stage_files_are_withdrawn(tmp_path, monkeypatch):
     asked = Parameters(profile="smoke", methods=["crop_paste"], runs_root=str(tmp_path))
     graph = batch.jobs(asked, ["nut"])

@@ -84,7 +84,7 @@ def test_a_second_batch_on_the_same_folder_waits_its_turn(tiny_mini, tmp_path, m
         fcntl.flock(held, fcntl.LOCK_EX)
         values = {
             "parameters": {"profile": "smoke", "data_root": str(tiny_mini), "runs_root": str(tmp_path / "runs")},
-            "categories": ["any"], "grouping": "category",
+            "categories": ["any"], "grouping": "category", "until": None,
         }  # fmt: skip
         with pytest.raises(RuntimeError, match="process 4711 is already working in .*: wait for it or stop it"):
             batch.reproduce(values, [])
