@@ -114,7 +114,7 @@ def test_figures_in_git_are_those_the_report_copies():
         )  # fmt: skip
     )
     others = {file.name for file in paths.FIGURES.iterdir() if not stem.fullmatch(file.stem)}
-    folders = ("symmetry", "longer", "multiclass")
+    folders = ("full", "symmetry", "longer", "multiclass")
     assert others == {"README.md", *folders}, "and, of other profiles, what figures/README tells of"
     both = [file for name in folders for file in (paths.FIGURES / name).iterdir()]
     assert both and all(stem.fullmatch(file.stem) or "symmetry_aware_" in file.stem for file in both)
