@@ -91,7 +91,7 @@ def test_a_second_batch_on_the_same_folder_waits_its_turn(tiny_mini, tmp_path, m
 
 
 def test_make_hands_over_values_with_spaces():
-    values = ["DATASET=folder", "DATA_ROOT=/my parts", "CATEGORY=metal nut,gear", "SEEDS=0, 1"]
+    values = ["DATASET=folder", "DATA_ROOT=/my parts", "CATEGORY=metal nut,gear", "SEEDS=0, 1", "UNTIL=06_generation"]
     # A make above this one hands down its own flags and says which folder it enters.
     alone = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
     words = ["make", "-n", "reproduce", *values]
@@ -99,6 +99,7 @@ def test_make_hands_over_values_with_spaces():
     given = shlex.split(shown)
     assert given[:4] == [".venv/bin/python", "-m", "defectlib", "reproduce"]
     assert {"/my parts", "metal nut,gear", "0, 1", "folder"} <= set(given)
+    assert given[given.index("--until") + 1] == "06_generation"
 
 
 @pytest.mark.parametrize("profile", ["default", "slurm"])
