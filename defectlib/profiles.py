@@ -227,10 +227,12 @@ class Profile(Strict):
     """One of ``papermill_params/profiles``: values only, the code path is the same for all.
 
     ``run`` names the methods that are run where nobody asks for others; empty: all. The rest are there for who asks
-    for them, and for ``04_methods`` run by itself.
+    for them, and for ``04_methods`` run by itself. ``note`` is what a reader of its results must know; the report opens
+    with it.
     """
 
     profile: str
+    note: str = ""
     backbone: str
     threads: int = Field(ge=1)
     seeds: list[int] = Field(min_length=1)

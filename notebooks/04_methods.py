@@ -233,8 +233,9 @@ motions.round(2)
 # $w = \lVert M \rVert_1\, \mathrm{softmax}\big(\mathrm{mean}_c (M (z_r' - z_t))^2\big) + 1$: largest where the latents of
 # this step differ most from the aligned real defect's. As printed the softmax runs over all pixels of the image; over those
 # of the mask the mean inside is exactly 2. Both are drawn here with all of their tail, and every step's weights are kept;
-# elsewhere weights are cut at `sae_cap`. Whether the tail or the cut damages what is drawn is counted further down, and how
-# heavy the tail is on Stable Diffusion's larger grid is simulated below.
+# elsewhere weights are cut at `sae_cap`. Whether the tail or the cut damages what is drawn is counted further down and, over many
+# samples, by rows of notebook 8's ablation (*SAE over all pixels, no limit*; *SAE's weights without limit*): on this base model no form of SAE is told from another there.
+# How heavy the tail is on Stable Diffusion's larger grid is simulated below.
 
 # %%
 kept = {}
@@ -307,7 +308,7 @@ pd.DataFrame(heavy).T.round(3)
 # The weights multiply the rows of every cross-attention (Eq. 8). SFF comes after the last step: at random positions each
 # sample's feature is mixed with the most similar one of every other sample of its group (Eq. 9), and the base sample weighs 0.7 in its
 # turn, whichever it is. Here only positions inside the mask are written: that is the released form, not Eq. 9 as it is printed, which
-# changes the background too (*SFF anywhere*). *As released* takes the values of the published code, which are these; its references
+# changes the background too (*SFF anywhere*; KID rises with it in all five categories of `mini`: `figures/full/ablation.md`). *As released* takes the values of the published code, which are these; its references
 # weigh 0.3 each, 1.6 in all in a group of four, as here (in its own group of two it compares a sample with itself):
 
 # %%
@@ -394,13 +395,13 @@ effects.round(3)
 # and what each differs by from the one with both (white is 32 grey levels or more).
 
 # %%
-on, rows = drawn["SAE and SFF"], []
+on, rows, compared = drawn["SAE and SFF"], [], ("no SAE", "no SFF", "SFF anywhere")
 for d in s.defects:
     k = next(k for k, r in enumerate(asked) if r.defect == d)
-    others = [drawn[name][k] for name in ("no SAE", "no SFF", "SFF anywhere")]
+    others = [drawn[name][k] for name in compared]
     apart = [((other - on[k]).abs().amax(0, keepdim=True) * 127.5 / 32).clamp(max=1) for other in others]
     rows.append([on[k], *[cell for pair in zip(others, apart) for cell in pair]])
-titles = ["SAE and SFF", *[title for name in ("no SAE", "no SFF", "SFF anywhere") for title in (name, "difference")]]
+titles = ["SAE and SFF", *[title for name in compared for title in (name, "difference")]]
 figure = figures.sheet(rows, row_labels=list(s.defects), column_labels=titles, scale=128 / s.size)
 figures.save(figure, folder, f"defectsynth_fusion_{s.category}")
 figure

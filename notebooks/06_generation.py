@@ -194,7 +194,7 @@ figure if together else "No method here draws its masks together with its images
 # as the largest shot needs, because the rest of the image differs from shot to shot anyway. **A large distance says that a
 # sample is drawn least like any real defect.** That need not be wrong (a new, good one is far from the shots too), so held-out
 # real defects stand in the same table, and the twelve farthest samples of each method that learns are shown, by defect and the
-# farthest first, to be judged by eye, under their masks and with their distances.
+# farthest first, to be judged by eye, under their masks and with their distances. A star marks those that the report above counts as bad.
 
 # %%
 extract = features.load(s.settings.quality.extractor)
@@ -216,6 +216,7 @@ learning = [method for method in s.methods if s.method_of(method).needs_backbone
 ranked = distances[distances["source"].isin(learning)].sort_values("distance", ascending=False, kind="stable")
 ranked = ranked.groupby("source").head(12).astype({"seed": int})
 rows, titles, captions = [], [], []
+bad = {method: set(sampling.problems(reports[method, seed])["seed"]) for method in learning}
 for method in learning:
     own = ranked[ranked["source"] == method].sort_values(
         "defect", key=lambda names: names.map(s.defects.index), kind="stable"
@@ -224,9 +225,14 @@ for method in learning:
     rows += [[mask for _, mask in drawn], [image for image, _ in drawn]]
     titles += ["masks", layout.method_title(method)]
     heads = own["defect"].where(~own["defect"].duplicated(), "").str.replace("_", " ")  # under the first of each defect
-    captions += [[""] * len(drawn), [f"{head}\n{far:.2f}" for head, far in zip(heads, own["distance"])]]
+    stars = ["*" if one in bad[method] else "" for one in own["seed"]]
+    told = [f"{head}\n{far:.2f}{star}" for head, far, star in zip(heads, own["distance"], stars)]
+    captions += [[""] * len(drawn), told]
 listed = ranked[["source", "defect", "seed", "distance"]].reset_index(drop=True)
-figure = figures.sheet(rows, row_labels=titles, captions=captions, scale=64 / s.size)
+meant = "below each: the distance to the nearest shot"
+if any(bad.values()):
+    meant += "; *: a mask that is empty, full or of a size no real one has, or nothing drawn inside it"
+figure = figures.sheet(rows, row_labels=titles, captions=captions, scale=64 / s.size, title=meant)
 figures.save(figure, folder, f"failures_{s.category}", listed)
 figure
 

@@ -48,9 +48,10 @@ def test_lists_are_folders_or_text(lists, tmp_path, capsys):
     assert [file.name for file in leaks.listed(text)] == ["020.png", "021.png"]
     with pytest.raises(SystemExit, match="0"):
         cli.main(["leaks", "--train", str(train), "--test", str(text)])
-    assert "10 training files, 2 test files: 0 findings" in capsys.readouterr().out
+    assert capsys.readouterr().out == "10 training files, 2 test files: 0 findings\n"
     with pytest.raises(SystemExit, match="1"):
         cli.main(["leaks", "--train", str(train), "--test", str(test)])
+    assert "same name: file and folder are called alike" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="2"):
         cli.main(["leaks", "--train", str(train)])
     text.write_text("test/crack/999.png\n")

@@ -234,6 +234,7 @@ def similarity(matrices: Mapping[str, np.ndarray], labels: Sequence[str]) -> Fig
     _check_square(matrices, labels)
     texts = {name: np.char.mod("%+.2f", np.round(matrix, 2) + 0.0) for name, matrix in matrices.items()}
     figure, _ = _matrices(matrices, texts, labels, "RdBu", (-1, 1))
+    figure.supxlabel("cosine", fontsize=9)
     return _settled(figure)
 
 

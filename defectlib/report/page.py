@@ -15,7 +15,7 @@ from pathlib import Path
 import pandas as pd
 from PIL import Image
 
-from defectlib import paths, published
+from defectlib import paths, profiles, published
 from defectlib.report import layout
 from defectlib.report.layout import Block
 from defectlib.report.page_parts import READING, STYLE
@@ -57,6 +57,7 @@ def write_page(
         f"<h1>{escape(TITLE)}</h1>",
         f'<p class="lead">{escape(summary(results))}</p>',
         _state(results),
+        *[f'<p class="note">{escape(note)}</p>' for note in _notes(results)],
         "</header><main>",
         *[_picture(path, text) for path, text in pictures[:1]],
         _contents(tables, pictures, claims, others),
@@ -128,6 +129,12 @@ def _state(results: pd.DataFrame) -> str:
     if results["dirty"].astype(bool).any():
         cells.append('<li class="dirty">code had uncommitted changes</li>')
     return f'<ul class="state">{"".join(cells)}</ul>'
+
+
+def _notes(results: pd.DataFrame) -> list[str]:
+    """What readers of these profiles' results must know."""
+    found = (profiles.load(name).note for name in results["profile"].unique() if name in profiles.names())
+    return [note for note in found if note]
 
 
 def _contents(

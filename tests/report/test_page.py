@@ -34,6 +34,15 @@ def built(frame):
     return {name: tables.build(frame, name) for name in tables.NAMES}
 
 
+def test_a_page_of_smoke_says_that_its_pairs_are_noise(tmp_path):
+    texts = {}
+    for profile in ("smoke", "demo", "gone"):  # a profile that was renamed since has runs, too
+        frame = results(profile=profile)
+        texts[profile] = page.write_page(tmp_path, built(frame), frame, {}).read_text()
+    assert "what they draw is noise" in texts["smoke"]
+    assert "noise" not in texts["demo"] + texts["gone"]
+
+
 class Checker(HTMLParser):
     """Every element that is opened is closed in order; collects ids and what is referred to."""
 
