@@ -115,7 +115,7 @@ else:
 # ### Where a mask may lie
 #
 # A moved mask must lie on the object with every pixel. All places where it does are counted at once, by one correlation of
-# the mask with what is not object (in the picture: where its middle may lie; black where it fits nowhere whole). One of them is drawn, each as likely as the
+# the mask with what is not object (in the picture: where its middle may lie, and how likely each place is under `affine_as_shots`, white the likeliest; then two draws of each source). One of them is drawn, each as likely as the
 # next; with the source `affine_as_shots` a place is the likelier, the nearer its depth inside the object to that of a shot's
 # mask, so that what sits on a rim stays there. Where the surface fills the frame, the two are the same.
 
@@ -142,9 +142,10 @@ for i, d in enumerate(s.defects):
         for k in (0, 1)
     ]
     shown = random.at(patch, random.centred(patch, allowed), (s.size, s.size))
-    rows.append([normal, shown, middles, likely, *[trimap.trimap(mask, allowed) for mask in draws]])
-columns = ["normal", "a mask", "its middle", "as the shots", "anywhere", "anywhere", "as the shots", "as the shots"]
-figure = figures.sheet(rows, row_labels=list(s.defects), column_labels=columns)
+    maps = [middles, likely] if len(corners) else [None, None]
+    rows.append([normal, shown, *maps, *[trimap.trimap(mask, allowed) for mask in draws]])
+columns = ["normal", "a mask", "its middle", "as likely as", "anywhere", "again", "as the shots", "again"]
+figure = figures.sheet(rows, row_labels=list(s.defects), column_labels=columns, missing="fits nowhere whole")
 figures.save(figure, folder, f"placement_{s.category}")
 figure
 

@@ -307,8 +307,8 @@ pd.DataFrame(heavy).T.round(3)
 #
 # The weights multiply the rows of every cross-attention (Eq. 8). SFF comes after the last step: at random positions each
 # sample's feature is mixed with the most similar one of every other sample of its group (Eq. 9), and the base sample weighs 0.7 in its
-# turn, whichever it is. Here only positions inside the mask are written: that is the released form, not Eq. 9 as it is printed, which
-# changes the background too (*SFF anywhere*; KID rises with it in all five categories of `mini`: `figures/full/ablation.md`). *As released* takes the values of the published code, which are these; its references
+# turn, whichever it is. Here only positions inside the mask are written, as in the released code; the mixing is the paper's. Eq. 9 as it is printed
+# changes the background too (*SFF anywhere*; KID rises with it in all five categories of `mini`: `figures/full/ablation.md`). *As released* takes the values of the published code, which are below; its references
 # weigh 0.3 each, 1.6 in all in a group of four, as here (in its own group of two it compares a sample with itself):
 
 # %%

@@ -182,13 +182,14 @@ parts.style.format({"parameters": "{:,}"}).hide().set_uuid("parts")
 # %%
 curves = {run: about.get("curves", {"": about.get("curve", [])}) for run, about in described.items()}
 points = [
-    [", ".join(filter(None, [layout.method_title(method), defect, f"seed {seed}"])), step, loss]
+    [layout.method_title(method), ", ".join(filter(None, [defect, f"seed {seed}"])), step, loss]
     for (method, seed), own in curves.items() for defect, curve in own.items() for step, loss in curve
 ]  # fmt: skip
-curve = pd.DataFrame(points, columns=["fit", "step", "loss"])
-smooth = curve.assign(loss=curve.groupby("fit", sort=False)["loss"].transform(lambda x: x.rolling(10, 1).mean()))
+curve = pd.DataFrame(points, columns=["method", "fit", "step", "loss"])
+own = curve.groupby(["method", "fit"], sort=False)["loss"]
+smooth = curve.assign(loss=own.transform(lambda x: x.rolling(10, 1).mean()))
 if len(curve):
-    figure = figures.curves(smooth, x="step", y="loss", hue="fit")
+    figure = figures.curves(smooth, x="step", y="loss", hue="fit", panel="method")
     figures.save(figure, folder, f"loss_curves_{s.category}", curve)
     display(figure)
 else:

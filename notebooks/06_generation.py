@@ -136,15 +136,16 @@ figure
 #
 # For every defect: real masks and images, then for each method the masks and what was drawn for them. These carry no outline:
 # whether a defect is seen without one is the question. Where a method draws its masks itself, the anomaly parts stand in their
-# place, and the masks read off them are outlined.
+# place, with the masks read off them outlined.
 
 # %%
 rows, labels, outlines = [], [], []
 n = 3
 for defect in s.defects:
     real = [shot for shot in s.shots(s.seeds[0]) if shot.defect == defect][:n]
+    named = defect.replace("_", " ")
     rows += [[shot.mask for shot in real], [shot.image for shot in real]]
-    labels += [f"{defect}\nreal masks", f"{defect}\nreal"]
+    labels += [f"{named}\nreal masks", f"{named}\nreal"]
     outlines += [[None] * len(real)] * 2
     for method in s.methods:
         drawn = sampling.load(s.folder(method, s.seeds[0]).path, defect, limit=n)
@@ -152,8 +153,8 @@ for defect in s.defects:
         parts = [images.read_image(file) for file in parts if file.is_file()]
         rows += [parts or [item.mask for item in drawn], [item.image for item in drawn]]
         title = layout.method_title(method)
-        labels += [f"{title}\n{'parts' if parts else 'masks'}", f"{defect}\n{title}"]
-        outlines += [[None] * len(drawn), [item.mask if parts else None for item in drawn]]
+        labels += [f"{title}\n{'parts' if parts else 'masks'}", f"{named}\n{title}"]
+        outlines += [[item.mask if parts else None for item in drawn], [None] * len(drawn)]
 fold = len(rows) // len(s.defects)
 figure = figures.sheet(rows, row_labels=labels, outline_masks=outlines, scale=64 / s.size, fold=fold)
 figures.save(figure, folder, f"fig_3_generated_{s.category}")
@@ -229,9 +230,11 @@ for method in learning:
     told = [f"{head}\n{far:.2f}{star}" for head, far, star in zip(heads, own["distance"], stars)]
     captions += [[""] * len(drawn), told]
 listed = ranked[["source", "defect", "seed", "distance"]].reset_index(drop=True)
-meant = "below each: the distance to the nearest shot"
+reals = distances[distances["source"] == "real, held out"].groupby("defect", sort=False)["distance"].max()
+meant = "Below each: the distance to the nearest shot; of real, held-out ones it is at most "
+meant += ", ".join(f"{far:.2f} ({d.replace('_', ' ')})" for d, far in reals.items())
 if any(bad.values()):
-    meant += "; *: a mask that is empty, full or of a size no real one has, or nothing drawn inside it"
+    meant += ".\n*: a mask that is empty, full or of a size no real one has, or nothing drawn inside it"
 figure = figures.sheet(rows, row_labels=titles, captions=captions, scale=64 / s.size, title=meant)
 figures.save(figure, folder, f"failures_{s.category}", listed)
 figure

@@ -130,7 +130,9 @@ real = s.real(defect, seed)
 extractor = features.load(s.settings.quality.extractor)
 f_drawn, f_real = extractor(drawn), extractor(real)
 spread = quality.subset_spread(f_real, f_drawn, repeats=20, seed=0)
-figure = figures.spread(spread, x="n", y="kid", hue="pair")
+looked = f"KID ×10³, {layout.method_title(method)}, {defect}"
+moved = spread.assign(kid=1000 * spread["kid"]).rename(columns={"kid": looked, "n": "images of each set"})
+figure = figures.spread(moved, x="images of each set", y=looked, hue="pair")
 figures.save(figure, folder, f"kid_spread_{s.category}", spread)
 figure
 
@@ -204,7 +206,8 @@ ceiling.groupby("defect", sort=False).mean().round(2)
 # on normal images (`on_normals`; notebook 1): where `beyond` is above 1, the defect disturbs the regularity. Medians over up to
 # 24 images of each source, with the 95 % interval of `beyond` over them; a source below the real one blends its
 # defects in, or breaks the structure around them. In the picture, the image of each source whose ratio is nearest to the
-# median, and its residual: white is a difference of 128 grey levels or more, plain grey is where an image has no copy.
+# median, and its residual: white is a difference of 128 grey levels or more, plain grey is where an image has no copy. Below it stand the
+# kind of symmetry that was found, how much of the mask has a copy (the rest tells nothing and does not count) and the ratio.
 
 # %%
 parts, typical = [], {}
@@ -221,15 +224,18 @@ whole = symmetry.summary(regular.sort_values("defect", kind="stable"), ["defect"
 whole.drop(columns="symmetries", errors="ignore").round(2)
 
 # %%
-rows, masks = [], []
+rows, masks, told = [], [], []
 for d in s.defects:
     shown = [typical.get((source, d)) for source in looked_at]
-    residuals = [pair and symmetry.best_symmetry(pair[0]).picture() for pair in shown]
-    rows += [[pair and pair[0] for pair in shown], residuals]
+    found = [pair and symmetry.best_symmetry(pair[0]) for pair in shown]
+    rows += [[pair and pair[0] for pair in shown], [one and one.picture() for one in found]]
     masks += [[pair and pair[1] for pair in shown]] * 2
+    ratios = [pair and symmetry.asymmetry([pair[0]], [pair[1]])["ratio"].item() for pair in shown]
+    copied = [one and f"{one.kind}, {one.copied(pair[1]):.0%} copied" for one, pair in zip(found, shown)]
+    told += [[""] * len(shown), [one and f"{one}\nratio {ratio:.1f}" or "" for one, ratio in zip(copied, ratios)]]
 labels = [text for d in s.defects for text in (d, "residual")]
 titles = [layout.method_title(source) for source in looked_at]
-figure = figures.sheet(rows, labels, titles, masks) if parts else None
+figure = figures.sheet(rows, labels, titles, masks, captions=told) if parts else None
 if figure is not None:
     figures.save(figure, folder, f"symmetry_of_samples_{s.category}", regular)
 figure

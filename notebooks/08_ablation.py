@@ -74,7 +74,8 @@ for name in s.variants:
     kept = {part: getattr(v, part).model_dump() for part in ("shots", "keep") if getattr(v, part)}
     told = dict(sorted(changed)) | (masks if v.mask_source else {}) | kept
     rows.append([layout.method_title(v.of), name, json.dumps(told)])
-pd.DataFrame(rows, columns=["method", "variant", "what is changed"]).set_index(["method", "variant"])
+described = pd.DataFrame(rows, columns=["method", "variant", "what is changed"])
+described.style.hide().set_uuid("variants")
 
 # %% [markdown]
 # ## Quality and time of each

@@ -155,6 +155,7 @@ def misses(method, seed):
     return figures.sheet(
         [[held_out[i][0] for i in worst], [held_out[i][1] for i in worst], [maps[i] for i in worst]],
         row_labels=["image", "truth", "prediction\nblack 0, white 1"], column_labels=[held_out[i][2] for i in worst],
+        title=f"learned with {layout.method_title(method)}, seed {seed}",
     )  # fmt: skip
 
 
@@ -191,7 +192,8 @@ if len(by_step):
     picked = wide.loc[list(best.values())].rename_axis(columns=None).reset_index().set_axis(list(best))
     picked["test set, against last"] = picked["test set"] - test.iloc[-1]
     rings = {rule: (step, test[step]) for rule, step in best.items()}
-    figure = figures.chosen(by_step, "step", "pixel AP, %", "on", rings)
+    titled = f"pixel AP, %, {layout.method_title(localised['method'].iloc[-1])}"
+    figure = figures.chosen(by_step.rename(columns={"pixel AP, %": titled}), "step", titled, "on", rings)
     figures.save(figure, folder, f"checkpoints_{s.category}", by_step)
 figure
 
@@ -216,7 +218,7 @@ averages.assign(difference=averages["test_oracle"] - averages["last"]).round(1) 
 # %% [markdown]
 # ## How many samples, how many shots?
 #
-# Scores over the number of samples of each defect (0: the shots alone), and over the number of shots, for the shots alone
+# Scores over the number of samples of each defect (the dashed line, 0 in the table: the shots alone), and over the number of shots, for the shots alone
 # and for what is fitted on them anew at no cost. Subsets are nested. All points are trained for as many optimiser steps,
 # whatever the number of images: more images mean fewer passes over each, not a longer training. The last points are the
 # scores above. The localiser learns from samples in place of the shots, the classifier from both.
@@ -292,6 +294,7 @@ layout.view(judged)
 # %%
 for metric in ("accuracy", "pixel_ap"):
     if metric in mean.index and mean.loc[metric].notna().any():
-        text = ", ".join(f"{m} {mean.loc[metric, m]:.3f} (sd {sd.loc[metric, m]:.3f})" for m in rows)
+        spreads = {m: f" (sd {sd.loc[metric, m]:.3f})" if len(s.seeds) > 1 else "" for m in rows}
+        text = ", ".join(f"{m} {mean.loc[metric, m]:.3f}{spreads[m]}" for m in rows)
         print(f"{metric}: {text}; {len(s.seeds)} seed(s), {s.category} only: too few to call a difference.")
 print(s.stamp())

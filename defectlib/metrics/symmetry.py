@@ -62,6 +62,11 @@ class Symmetry(NamedTuple):
         shown = torch.from_numpy(self.residual).div(128).nan_to_num(0.5).clamp(0, 1).float()
         return functional.interpolate(shown[None, None], self.size)[0]
 
+    def copied(self, mask: Tensor) -> float:
+        """The share of a mask's pixels, bool (1, H, W), with a copy: the others tell nothing; NaN if it is empty."""
+        inside = functional.adaptive_max_pool2d(mask.float(), self.residual.shape)[0].numpy() > 0
+        return float((~np.isnan(self.residual))[inside].mean()) if inside.any() else math.nan
+
     def under(self, mask: Tensor) -> tuple[float, float]:
         """The mean residual inside a mask bool (1, H, W), and outside of it and its copy; NaN where there is none."""
         defect = functional.adaptive_max_pool2d(mask.float(), self.residual.shape)

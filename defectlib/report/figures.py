@@ -33,7 +33,7 @@ REFERENCE = "shots_only"
 # In the order of the style's colours: a system looks alike in every figure, whatever stands beside it.
 SYSTEMS = ("crop_paste", "defectsynth", "dualanodiff", "symmetry_aware", "adabldm")
 PNG_DPI = 200
-LEARNING_AXES = {"samples": "samples of each defect (0: shots alone)", "shots": "shots of each defect"}
+LEARNING_AXES = {"samples": "samples of each defect (dashed: the shots alone)", "shots": "shots of each defect"}
 
 
 def style() -> None:
@@ -140,7 +140,8 @@ def compare(frame: pd.DataFrame) -> Figure:
     axes.grid(axis="y", visible=False)
     for k in range(len(metrics) - 1):
         axes.axhline(k + 0.5, color="#eeeeee", linewidth=0.8, zorder=0)
-    axes.set_xlabel("mean ± sd over seeds" + ("" if table else "; dots are single seeds"))
+    alone = not table and not frame.duplicated(["metric", "method"]).any()
+    axes.set_xlabel("one seed" if alone else "mean ± sd over seeds" + ("" if table else "; dots are single seeds"))
     handles, labels = _legend_entries(methods, colours)
     figure.legend(handles, labels, loc="outside upper left", ncols=min(4, len(methods)))
     return _settled(figure)
@@ -312,7 +313,9 @@ def gates(frame: pd.DataFrame) -> Figure:
 
 
 @_styled
-def curves(frame: pd.DataFrame, x: str, y: str, hue: str | None = None, log: bool = False) -> Figure:
+def curves(
+    frame: pd.DataFrame, x: str, y: str, hue: str | None = None, log: bool = False, panel: str | None = None
+) -> Figure:
     """Lines of ``y`` over ``x``, one a value of ``hue``.
 
     Args:
@@ -321,15 +324,18 @@ def curves(frame: pd.DataFrame, x: str, y: str, hue: str | None = None, log: boo
         y: Column of the vertical axis.
         hue: Column whose values are the lines; None for one line.
         log: Logarithmic vertical axis.
+        panel: Column whose values have a panel each, with axes and a legend of its own; None for one panel.
     """
-    figure = Picture(figsize=(6.4, 3.2), layout="constrained")
-    axes = figure.add_subplot()
-    for name in _ordered(frame[hue]) if hue else [None]:
-        some = frame if name is None else frame[frame[hue] == name]
-        axes.plot(some[x], some[y], label=name, marker="o" if len(some) < 13 else None)
-    axes.set(xlabel=x, ylabel=y, yscale="log" if log else "linear")
-    if hue:
-        figure.legend(loc="outside right upper", title=hue)
+    names = _ordered(frame[panel]) if panel else [None]
+    figure = Picture(figsize=(6.4, 3.2 if len(names) == 1 else 1.9 * len(names)), layout="constrained")
+    for axes, title in zip(figure.subplots(len(names), 1, squeeze=False).flat, names):
+        own = frame if title is None else frame[frame[panel] == title]
+        for name in _ordered(own[hue]) if hue else [None]:
+            some = own if name is None else own[own[hue] == name]
+            axes.plot(some[x], some[y], label=name, marker="o" if len(some) < 13 else None)
+        axes.set(xlabel=x, ylabel=y, yscale="log" if log else "linear", title=title)
+        if hue:
+            axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), borderaxespad=0, title=hue)
     return _settled(figure)
 
 
@@ -432,8 +438,11 @@ def chosen(frame: pd.DataFrame, x: str, y: str, hue: str, picks: Mapping[str, tu
 def learning(frame: pd.DataFrame) -> Figure:
     """Learning curves, a row a metric, a column an axis: mean and sd over seeds as a line, the single seeds as dots.
 
+    No samples is a dashed line across: localisers learn from samples in place of the shots, so it is no first point.
+
     Args:
-        frame: Long, one row a seed; columns metric, axis ("samples" or "shots"), n, method, value.
+        frame: Long, one row a seed; columns metric, axis ("samples" or "shots"), n, method, seed, value. Rows of
+            "samples" with n = 0 are of the shots alone.
 
     Raises:
         ValueError: No number to show.
@@ -447,7 +456,10 @@ def learning(frame: pd.DataFrame) -> Figure:
     grid = figure.subplots(len(metrics), len(columns), squeeze=False, sharey="row", sharex="col")
     for (row, metric), (column, axis) in itertools.product(enumerate(metrics), enumerate(columns)):
         axes, part = grid[row, column], frame[(frame["metric"] == metric) & (frame["axis"] == axis)]
-        sizes = sorted(frame.loc[frame["axis"] == axis, "n"].unique())
+        alone, part = part[part["n"] == 0], part[part["n"] > 0]
+        if len(alone):
+            axes.axhline(alone["value"].mean(), color=colours[REFERENCE], linestyle="--")
+        sizes = sorted(frame.loc[(frame["axis"] == axis) & (frame["n"] > 0), "n"].unique())
         present = [method for method in methods if method in set(part["method"])]
         for i, method in enumerate(present):
             shift = (i - (len(present) - 1) / 2) * (0.08 if part["seed"].nunique() > 1 else 0)

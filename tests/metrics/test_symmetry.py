@@ -148,3 +148,13 @@ def test_correlations_against_numpy():
 def test_an_even_image_has_no_residual():
     row = symmetry.asymmetry([torch.zeros(3, 16, 16)], [torch.zeros(1, 16, 16, dtype=torch.bool)]).iloc[0]
     assert row["outside"] == 0 and np.isnan(row["inside"]) and np.isnan(row["ratio"])
+
+
+def test_what_has_no_copy_is_told():
+    residual = np.full((4, 4), 9.0)
+    residual[:, 2:] = np.nan
+    found = symmetry.Symmetry("mirror", 1.0, residual, True, 0.0, (0, -2), (8, 8))
+    mask = torch.zeros(1, 8, 8, dtype=torch.bool)
+    assert np.isnan(found.copied(mask))
+    mask[:, :, 2:8] = True  # columns 1 to 3 of the residual's four, one of which has a copy
+    assert found.copied(mask) == pytest.approx(1 / 3)

@@ -230,11 +230,22 @@ def test_learning_curves_share_their_scale_and_mark_every_seed():
     assert (samples.get_xlabel(), shots.get_xlabel()) == tuple(figures.LEARNING_AXES.values())
     assert samples.get_ylim() == shots.get_ylim()
     dots = [line.get_ydata().tolist() for line in samples.lines if line.get_marker() == "."]
-    assert dots == [[0, 1, 40, 41]], "one method over samples, two seeds a point"
+    assert dots == [[40, 41]], "one method over samples, two seeds a point"
     (bars,) = samples.containers
-    assert bars.lines[0].get_ydata().tolist() == [0.5, 40.5]
+    assert bars.lines[0].get_ydata().tolist() == [40.5]
+    (alone,) = [line for line in samples.lines if line.get_linestyle() == "--"]
+    assert set(alone.get_ydata()) == {0.5}, "no samples: the shots alone, across"
+    assert not [line for line in shots.lines if line.get_linestyle() == "--"]
     with pytest.raises(ValueError, match="no number to show"):
         figures.learning(frame.assign(value=np.nan))
+
+
+def test_panels_have_their_own_lines_and_scale():
+    frame = pd.DataFrame({"step": [1, 2, 1, 2], "loss": [1.0, 0.5, 90.0, 80.0], "m": ["a", "a", "b", "b"], "fit": "x"})
+    upper, lower = figures.curves(frame, "step", "loss", hue="fit", panel="m").axes
+    assert [axes.get_title(loc="left") for axes in (upper, lower)] == ["a", "b"]
+    assert [line.get_ydata().tolist() for axes in (upper, lower) for line in axes.lines] == [[1, 0.5], [90, 80]]
+    assert upper.get_ylim()[1] < 2 < lower.get_ylim()[0]
 
 
 def test_rules_that_pick_one_point_share_its_ring():
