@@ -106,7 +106,8 @@ print(f"{recipe.WORLD:,} pictures of the world, {recipe.HELD_OUT} of them held o
 pd.DataFrame({name: settings.model_dump() for name, settings in parts.items()})
 
 # %% [markdown]
-# Its training curves; a base model from elsewhere has none here.
+# Its training curves; a base model from elsewhere has none here. The UNet of `tiny` predicts noise for 6,000 steps, then velocity under
+# the scheduler that ships with it: its loss jumps there, and is of another thing.
 
 # %%
 file = home / "curves.json"
@@ -116,7 +117,7 @@ if file.is_file():
         [[part, step, loss] for part, points in recorded.items() for step, loss in points],
         columns=["part", "step", "loss"],
     )
-    figure = figures.curves(curve, x="step", y="loss", hue="part", log=True)
+    figure = figures.curves(curve, x="step", y="loss", log=True, panel="part")
     figures.save(figure, folder, f"backbone_curves_{s.category}", curve)
     display(figure)
 else:
