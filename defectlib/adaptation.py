@@ -22,7 +22,6 @@ import safetensors.torch
 import torch
 from diffusers import UNet2DConditionModel
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors import SafetensorError
 from torch import Tensor
 
 from defectlib import diffusion, paths
@@ -198,10 +197,7 @@ def to_objects(base: Backbone, images: Tensor, asked: AdaptSettings, folder: Pat
         return {name: value.detach().cpu().contiguous() for name, value in unet.state_dict().items()}, curve
 
     with paths.locked(folder / f".{name}.lock"):  # jobs of several methods ask for one
-        try:
-            state, _ = once(file, depends, train)
-        except SafetensorError as error:
-            raise ValueError(f"the adapted base model {file} cannot be read: delete it to adapt anew") from error
+        state, _ = once(file, depends, train)
     unet = copy.deepcopy(base.unet)
     unet.load_state_dict(state)
     weights = digest(state[key] for key in sorted(state))

@@ -21,7 +21,7 @@ from accelerate import Accelerator
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from pydantic import Field
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from defectlib import paths
@@ -175,6 +175,9 @@ def once(file: Path, asked: list, train: Callable[[], tuple[State, Curve]]) -> t
         file: A safetensors file; removing it is the caller's part.
         asked: What the training depends on, as JSON values: a file of another training is not taken.
         train: Returns named weights and the loss curve.
+
+    Raises:
+        ValueError: The file cannot be read.
     """
     if (curve := kept_curve(file, asked)) is not None:
         return safetensors.torch.load_file(file), curve
@@ -188,8 +191,11 @@ def kept_curve(file: Path, asked: list) -> Curve | None:
     """The loss curve of what :func:`once` keeps in ``file``; None where it holds nothing, or another training."""
     if not file.is_file():
         return None
-    with safe_open(file, "pt") as kept:
-        known = json.loads(kept.metadata()["fit"])
+    try:
+        with safe_open(file, "pt") as kept:  # compares the header with the file's length
+            known = json.loads(kept.metadata()["fit"])
+    except SafetensorError as error:
+        raise ValueError(f"{file} cannot be read: delete it to train anew") from error
     same = known["asked"] == json.loads(json.dumps(asked))
     return [tuple(point) for point in known["curve"]] if same else None
 

@@ -184,9 +184,8 @@ way.round(3)
 # ## Between two masks
 #
 # In image space the white pixels of the one mask travel to those of the other. The paper pairs them in raster order, which
-# pays no heed to shape; ours pairs them by optimal transport, piece by piece, and is the default: of 100 random pairs a kind
-# (`benchmarks/mask_interpolation.py`) it keeps all frames but 4 % between a crack and a blob, raster as printed keeps 62 % between
-# masks of very different size, 86 % between one piece and two, none between two pieces. In latent space the two noises $z_0$ and $z_1$
+# pays no heed to shape; ours pairs them by optimal transport, piece by piece, and is the default: how many frames
+# each of them keeps of 100 random pairs a kind is printed by `benchmarks/mask_interpolation.py`; raster as printed keeps none between two masks of two pieces. In latent space the two noises $z_0$ and $z_1$
 # are interpolated along the sphere that noise lies on, by the angle $\omega$ between them (Eq. 4):
 #
 # $$z_\alpha = \frac{\sin((1 - \alpha)\,\omega)}{\sin \omega}\, z_0 + \frac{\sin(\alpha\,\omega)}{\sin \omega}\, z_1$$

@@ -206,9 +206,9 @@ for d in s.defects:
     if real := [shot for shot in unseen if shot.defect == d]:
         found.append(nearest.nearest_shots(real, shots[d], extract).assign(source="real, held out", defect=d))
     for method in s.methods:
-        drawn = sampling.load(s.folder(method, seed).path, d)
-        table = nearest.nearest_shots(drawn, shots[d], extract).assign(source=method, defect=d)
-        found.append(table.assign(seed=[drawn[i].seed for i in table["sample"]]))
+        if drawn := sampling.load(s.folder(method, seed).path, d):
+            table = nearest.nearest_shots(drawn, shots[d], extract).assign(source=method, defect=d)
+            found.append(table.assign(seed=[drawn[i].seed for i in table["sample"]]))
 distances = pd.concat(found, ignore_index=True)
 distances.groupby(["defect", "source"], sort=False)["distance"].describe()[["count", "min", "50%", "max"]].round(2)
 
@@ -231,12 +231,16 @@ for method in learning:
     captions += [[""] * len(drawn), told]
 listed = ranked[["source", "defect", "seed", "distance"]].reset_index(drop=True)
 reals = distances[distances["source"] == "real, held out"].groupby("defect", sort=False)["distance"].max()
-meant = "Below each: the distance to the nearest shot; of real, held-out ones it is at most "
-meant += ", ".join(f"{far:.2f} ({d.replace('_', ' ')})" for d, far in reals.items())
+meant = "Below each: the distance to the nearest shot"
+if len(reals):
+    meant += "; of real, held-out ones it is at most "
+    meant += ", ".join(f"{far:.2f} ({d.replace('_', ' ')})" for d, far in reals.items())
 if any(bad.values()):
     meant += ".\n*: a mask that is empty, full or of a size no real one has, or nothing drawn inside it"
-figure = figures.sheet(rows, row_labels=titles, captions=captions, scale=64 / s.size, title=meant)
-figures.save(figure, folder, f"failures_{s.category}", listed)
+figure = None
+if len(listed):
+    figure = figures.sheet(rows, row_labels=titles, captions=captions, scale=64 / s.size, title=meant)
+    figures.save(figure, folder, f"failures_{s.category}", listed)
 figure
 
 # %%

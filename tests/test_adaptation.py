@@ -116,7 +116,7 @@ def test_a_killed_training_ends_as_an_undisturbed_one(untrained, of_objects, tmp
 def test_a_file_that_is_cut_off_is_named(untrained, of_objects, tmp_path):
     for file in of_objects[1].glob("*.safetensors"):
         (tmp_path / file.name).write_bytes(file.read_bytes()[:100])
-    with pytest.raises(ValueError, match="adapted base model .*safetensors cannot be read: delete it to adapt anew"):
+    with pytest.raises(ValueError, match="safetensors cannot be read: delete it to train anew"):
         adaptation.to_objects(untrained, IMAGES, ASKED, tmp_path)
 
 

@@ -82,6 +82,21 @@ def test_weights_that_are_cut_off_are_named(copy, file):
 def test_an_unknown_name_lists_the_known():
     with pytest.raises(FileNotFoundError, match="there is no base model 'sd16': give tiny, sd15 or a folder"):
         backbone.load("sd16")
+    with pytest.raises(
+        FileNotFoundError, match="of the hub is fetched first: `hf download someone/model --local-dir .*/model`"
+    ):
+        backbone.load("someone/model")
+
+
+def test_a_shipped_model_that_was_changed_is_brought_back_not_trained_anew(tmp_path, monkeypatch):
+    shutil.copytree(backbone.folder_of("tiny"), tmp_path / "tiny")
+    listed = backbone.known()
+    monkeypatch.setattr(backbone, "HERE", tmp_path)
+    monkeypatch.setattr(backbone, "known", lambda: listed)
+    file = tmp_path / "tiny" / "scheduler" / "scheduler_config.json"
+    file.write_text(file.read_text() + " ")
+    with pytest.raises(FileNotFoundError, match="its sha256 differs.*: bring back what was shipped: `git checkout -- "):
+        backbone.load("tiny")
 
 
 def test_sd15_that_is_not_here_names_the_command(tmp_path, monkeypatch):

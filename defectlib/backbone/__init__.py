@@ -142,10 +142,10 @@ def folder_of(name: str) -> Path:
 
 
 def how_to_get(name: str) -> str:
-    """The command that brings a base model here."""
+    """The command that brings a base model here, or back."""
     entry = known().get(name, {})
     if "repository" not in entry:
-        return "train it by `make backbone`"
+        return f"bring back what was shipped: `git checkout -- {folder_of(name)}`, or install the package anew"
     patterns = " ".join(f"--include '{pattern}'" for pattern in ("*.json", "tokenizer/*", *WEIGHT_FILES))
     target = folder_of(name)
     return f"run `hf download {entry['repository']} --revision {entry['revision']} {patterns} --local-dir {target}`"
@@ -161,8 +161,11 @@ def problem(name: str) -> str | None:
     """One sentence on what keeps a base model from being loaded (a file missing, cut off or changed), or None."""
     folder = folder_of(name)
     if name not in known() and not folder.is_dir():
-        names = ", ".join(known())
-        return f"there is no base model '{name}': give {names} or a folder in diffusers' layout"
+        names, wanted = ", ".join(known()), f"there is no base model '{name}': give "
+        fetched = (
+            f"; one of the hub is fetched first: `hf download {name} --local-dir {paths.WEIGHTS / Path(name).name}`"
+        )
+        return f"{wanted}{names} or a folder in diffusers' layout" + (fetched if name.count("/") == 1 else "")
     remedy = how_to_get(name) if name in known() else "complete the folder (diffusers' Stable Diffusion layout)"
     missing = [file for file in files_of(folder) if not (folder / file).is_file()]
     if missing:

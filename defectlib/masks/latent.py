@@ -66,8 +66,8 @@ class Space:
         return self._frames[key]
 
 
-def _key(mask: Tensor) -> bytes:
-    return np.packbits(mask.numpy()).tobytes()
+def _key(mask: Tensor) -> tuple[torch.Size, bytes]:
+    return mask.shape, np.packbits(mask.numpy()).tobytes()
 
 
 def interpolate(

@@ -13,6 +13,7 @@ what                 here                            released
 sampler              20 steps, eta 0                 50 steps, eta 1
 blending mask        up to 1/8 of the side wider      up to 1/4
 background, eta 1    noised alike at every step      noised anew at every step
+masks (stage 1)      ``masks``: every frame kept      a grey of 50, small pieces dropped (not copied)
 SAE weights          Equation 7, cut at 2            min-max of the difference + 1
 SFF                  dot product, weights sum to 1    cosine, 0.7 + 0.3 each other sample; a no-op in a group of 2
 SFF's positions      inside the mask, as released     inside the mask (Eq. 9 as printed has none: ``sff_within``)
@@ -56,7 +57,7 @@ from defectlib.methods.base import (
     require_prompts,
     save_shots,
 )
-from defectlib.training import Curve, FitSettings, State, fit
+from defectlib.training import Curve, FitSettings, State, digest, fit
 from defectlib.types import Request, Sample, Shot
 
 # Keeps the positions that a group's fusion draws apart from the noise of its first sample, whose seed names the group.
@@ -87,8 +88,8 @@ class DefectSynthConfig(MethodConfig):
             At most what the VAE takes at once.
         sae_softmax: Equation 7's softmax over the mask's pixels, or over all as printed.
         sae_cap: Largest weight: 2 is the released code's range. None leaves the tail of Equation 7, whose largest
-            weight is some 70 on Stable Diffusion's 64 x 64 cells and a few on the 16 x 16 of ``tiny``. There
-            ``04_methods`` counts no damage in either form: the limit is a precaution for the larger grid, no finding.
+            weight is 80 to 100 on Stable Diffusion's 64 x 64 cells (``04_methods`` simulates it) and a few on the
+            16 x 16 of ``tiny``. There ``04_methods`` counts no damage in either form: the limit is a precaution for the larger grid, no finding.
         sff_base_weight: w_i of the sample whose turn it is, w_j of the others share the rest equally: Equation 9's
             weights are read as of roles, not of samples by number.
         sff_within: Fuse features inside the mask, which is the released code's form (Section III-E speaks of "the
@@ -209,12 +210,15 @@ class DefectSynth:
         self.curve = []
         if config.steps != 0:
             settings = config.fit_settings(len(latents), len({shot.defect for shot in shots}))
+            given = digest([latents.cpu(), text.cpu(), masks, weights.cpu()])
+            folder = workdir / "checkpoints" / f"{base.digest[:12]}-{given[:12]}"
             try:
-                self.curve = fit(net, loss, len(latents), settings, seed=seed, folder=workdir / "checkpoints")
+                self.curve = fit(net, loss, len(latents), settings, seed=seed, folder=folder)
             finally:
                 base.unet.disable_gradient_checkpointing()  # others draw with this base model
         self.controlnet = net.eval().requires_grad_(False)
-        shutil.rmtree(workdir / "adaptation", ignore_errors=True)
+        for made in ("adaptation", "checkpoints"):
+            shutil.rmtree(workdir / made, ignore_errors=True)
 
     def _adapt(self, normals: Sequence[Tensor], seed: int, folder: Path) -> None:
         """Draw from here on with a base model that has seen the category's normal images, as "a <category>"."""

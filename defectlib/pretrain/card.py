@@ -67,7 +67,8 @@ generator.
     {command}
 
 Seed {seed}, {pictures:,} generated pictures, {held_out} of them held out, nothing of `mini` among them. Curves:
-`curves.json`. Latents: {latent}. Noise schedule: {schedule} beta, {predicts} (`pretrain/parts.py` says why).
+`curves.json`. Latents: {latent} (other numbers of channels
+were not compared). Noise schedule: {schedule} beta, {predicts} (`pretrain/parts.py` says why).
 Trained on: {device}.
 
 ## Measured

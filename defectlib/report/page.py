@@ -100,7 +100,7 @@ def summary(results: pd.DataFrame) -> str:
         f"They gave {_count(numbers, 'number')}"
     )
     if withheld:
-        text += f"; {_count(withheld, 'more was', 'more were')} withheld for want of images"
+        text += f"; {_count(withheld, 'more was', 'more were')} withheld, each with its reason"
     return text + "."
 
 

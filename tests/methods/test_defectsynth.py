@@ -169,12 +169,24 @@ def test_a_killed_fit_ends_at_the_same_bits(untrained, tmp_path, monkeypatch):
     state = torch.get_rng_state()
     steps, resumed = fitted(tmp_path / "b")
     assert steps == 1 and torch.equal(resumed, whole)
+    with pytest.raises(KeyboardInterrupt):
+        fitted(tmp_path / "c", killed_at=4)
+    monkeypatch.setitem(PROMPTS, "hole", "another text")
+    assert fitted(tmp_path / "c")[0] == 4, "what was learned of other prompts is not gone on with"
+    monkeypatch.undo()
     assert torch.equal(torch.get_rng_state(), state), "a checkpoint does not move the caller's random numbers"
 
 
 def test_another_batch_size_moves_a_pixel_by_a_grey_level_at_most(fitted):
     four = [request(k, group=k) for k in range(4)]
     alone, together = (images(with_config(fitted, batch_size=size, sff=False), four) for size in (1, 4))
+    assert (alone - together).abs().max() <= 1 / 127.5
+
+
+@pytest.mark.parametrize("within", ["mask", "image"])
+def test_what_a_group_lends_does_not_depend_on_the_batch_size(fitted, within):
+    four = [request(k) for k in range(4)]
+    alone, together = (images(with_config(fitted, batch_size=size, sff_within=within), four) for size in (1, 4))
     assert (alone - together).abs().max() <= 1 / 127.5
 
 

@@ -136,6 +136,6 @@ def test_versions_come_from_the_stage_files(tmp_path):
 def test_summary():
     assert page.summary(results()) == (
         "2 runs of profile demo on mini: 1 category, 2 defects, 2 seeds; Crop-Paste. They gave 4 numbers; 2 more were "
-        "withheld for want of images."
+        "withheld, each with its reason."
     )
     assert "Nothing has been run yet" in page.summary(results().iloc[:0])
