@@ -133,8 +133,8 @@ def _state(results: pd.DataFrame) -> str:
 
 def _notes(results: pd.DataFrame) -> list[str]:
     """What readers of these profiles' results must know."""
-    found = (profiles.load(name).note for name in results["profile"].unique() if name in profiles.names())
-    return [note for note in found if note]
+    named = [] if results.empty else [name for name in results["profile"].unique() if name in profiles.names()]
+    return [note for name in named if (note := profiles.load(name).note)]
 
 
 def _contents(
