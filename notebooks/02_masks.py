@@ -144,7 +144,7 @@ for i, d in enumerate(s.defects):
     shown = random.at(patch, random.centred(patch, allowed), (s.size, s.size))
     maps = [middles, likely] if len(corners) else [None, None]
     rows.append([normal, shown, *maps, *[trimap.trimap(mask, allowed) for mask in draws]])
-columns = ["normal", "a mask", "its middle", "as likely as", "anywhere", "again", "as the shots", "again"]
+columns = ["normal", "a mask", "its middle", "how likely", "anywhere", "again", "as the shots", "again"]
 figure = figures.sheet(rows, row_labels=list(s.defects), column_labels=columns, missing="fits nowhere whole")
 figures.save(figure, folder, f"placement_{s.category}")
 figure

@@ -182,7 +182,7 @@ for m in together:
 if together:
     figure = figures.sheet(
         rows, row_labels=labels, column_labels=["image", "part", "mask", "overlay"], outline_masks=outlines,
-        scale=80 / s.size,
+        scale=64 / s.size,
     )  # fmt: skip
     figures.save(figure, folder, f"fig_5_pairs_{s.category}")
 figure if together else "No method here draws its masks together with its images."
