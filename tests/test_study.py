@@ -132,7 +132,7 @@ def test_weights_are_asked_for_before_any_work(tiny_parameters, tmp_path, monkey
     told = str(caught.value).split("\n")[1:]  # all that is missing, not only the first
     wanted = [f"get them by: python -m defectlib.metrics.files {name} " for name in ("inception", "resnet34", "vgg")]
     assert [name in line for name, line in zip(wanted, told, strict=True)] == [True] * 3
-    with pytest.raises(FileNotFoundError, match="train it by `make backbone`"):
+    with pytest.raises(FileNotFoundError, match="bring back what was shipped: `git checkout -- "):
         study.require_weights(tiny_parameters.model_copy(update={"methods": ["defectsynth"]}))
 
 
