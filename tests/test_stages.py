@@ -66,10 +66,12 @@ def test_a_killed_drawing_continues_to_the_same_set(tiny_parameters, tmp_path, m
     folder = s.folder("crop_paste", 0)
     assert not folder.stage_file("sample").exists()
     before = {f: f.stat().st_mtime_ns for f in sorted((folder.path / "masks").glob("*.png"))[:4]}
-    stages.sample(s, "crop_paste", 0)
+    (speed,) = (m for m in stages.sample(s, "crop_paste", 0)["metrics"] if m["metric"] == "pairs_per_second")
+    assert speed["value"] is None and speed["protocol"]["why_withheld"] == "drawn in more than one go"
     assert {f: f.stat().st_mtime_ns for f in before} == before, "complete groups are kept"
     other = study.open_category(tiny_parameters.model_copy(update={"runs_root": str(tmp_path / "undisturbed")}))
-    stages.sample(other, "crop_paste", 0)
+    (speed,) = (m for m in stages.sample(other, "crop_paste", 0)["metrics"] if m["metric"] == "pairs_per_second")
+    assert speed["value"] > 0 and "why_withheld" not in speed["protocol"]
     whole = other.folder("crop_paste", 0).path
     for file in sorted(whole.rglob("*.png")) + [whole / "samples.csv"]:
         assert (folder.path / file.relative_to(whole)).read_bytes() == file.read_bytes()

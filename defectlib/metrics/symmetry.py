@@ -64,12 +64,16 @@ class Symmetry(NamedTuple):
 
     def copied(self, mask: Tensor) -> float:
         """The share of a mask's pixels, bool (1, H, W), with a copy: the others tell nothing; NaN if it is empty."""
-        inside = functional.adaptive_max_pool2d(mask.float(), self.residual.shape)[0].numpy() > 0
+        inside = self._looked_at(mask)[0].numpy() > 0
         return float((~np.isnan(self.residual))[inside].mean()) if inside.any() else math.nan
+
+    def _looked_at(self, mask: Tensor) -> Tensor:
+        """A mask (1, H, W) in the (1, h, w) px of the residual."""
+        return functional.adaptive_max_pool2d(mask.float(), self.residual.shape)
 
     def under(self, mask: Tensor) -> tuple[float, float]:
         """The mean residual inside a mask bool (1, H, W), and outside of it and its copy; NaN where there is none."""
-        defect = functional.adaptive_max_pool2d(mask.float(), self.residual.shape)
+        defect = self._looked_at(mask)
         copy = _turned(defect.double(), [(self.flipped, self.angle)])[0, 0].numpy()
         covered = ndimage.shift(copy, self.shift, order=0) > 0.5
         inside, known = defect[0].numpy() > 0, ~np.isnan(self.residual)

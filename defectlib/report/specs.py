@@ -10,7 +10,7 @@ from dataclasses import dataclass
 REASONS = {
     "not_run": "not run here",
     "not_run_for_all": "run here for some of the categories only, so there is no average",
-    "withheld": "run, but withheld: too few images, no mask to draw for, nothing to tell apart, or no whole time",
+    "withheld": "run, but withheld: too few images, no mask to draw for, nothing to tell apart, or drawn in two goes",
     "partly_withheld": "defects with too few images, or without a mask to draw for, are left out of the mean",
     "other_extractor": "features of a small network of this package, not of Inception, AlexNet or VGG",
     "other_dataset": "the papers have no number for this data set",
