@@ -148,6 +148,7 @@ def sample(s: Study, method: str, seed: int) -> dict[str, Any]:
             metrics.append({"metric": "masks_refused", "value": float(refused.total()), "protocol": reasons})
         # After a restart part of the drawing was done by an earlier process: its speed is not known.
         protocol = {"n_generated": len(report), "image_size": s.size, "clock": clock}
+        protocol |= fitted.config.model_dump(include={"num_inference_steps"})
         if not (fresh := fresh and len(report) > 0):
             protocol["why_withheld"] = "drawn in more than one go" if len(report) else "nothing was drawn"
         speed = {"pairs_per_second": len(report) / seconds, "seconds_per_image": seconds / max(1, len(report))}

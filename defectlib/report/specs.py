@@ -17,6 +17,7 @@ REASONS = {
     "other_split": "another split than the paper's protocol for this table",
     "other_crops": "the paper's weld crops are not published, these are ours",
     "other_machine": "time on another machine than the paper's",
+    "other_steps": "another number of denoising steps than the paper's time was taken at",
     "reduced_scale": "a small profile, not the paper's model, resolution and training",
     "other_training": "the downstream model's layers, loss, decay, augmentation or image size are not the paper's",
     "undefined_in_paper": "the paper prints no such number, or does not say which variant of the measure it used",
@@ -61,6 +62,7 @@ class Spec:
         methods_of_paper: Only results of the methods that the published table lists.
         rows: "category" (a row a category), "average" (a row a data set) or "both".
         selected: Its scores are of trained models, of which released evaluations choose the best by the test set.
+        steps: Denoising steps that published times were taken at, where the table is of them.
         note: What a reader must know of the protocol.
     """
 
@@ -74,6 +76,7 @@ class Spec:
     methods_of_paper: bool = False
     rows: str = "both"
     selected: bool = False
+    steps: int | None = None
     note: str = ""
 
 
@@ -148,6 +151,7 @@ SPECS = {
         None,
         methods_of_paper=True,
         rows="category",
+        steps=50,
         note=(
             "Published: 50 steps on an RTX 4090. Ours: as many steps as the profile has, in seconds of the processor "
             "where one thread computes, else of the clock."

@@ -21,7 +21,7 @@ from defectlib.report.specs import CLASSIFICATION, LOCALISATION, ORACLE, ORACLE_
 NAMES = tuple(published.FILES)
 KEY = ["dataset", "category", "method", "metric"]
 COLUMNS = [*KEY, "unit", "published", "reproduced", "sd", "n", "delta", "why"]
-MARKS = ("gaps", "chosen", "dirty", "unlike")
+MARKS = ("gaps", "chosen", "dirty", "unlike", "paced")
 OURS = [*KEY, "reproduced", "sd", "n", *MARKS, "split", "profile"]
 NEEDED = {"profile", "split", "dataset", "category", "method", "seed", "defect", "metric", "value", "dirty"}
 SPLITS = ("all_shots", "first_third", "random_thirds", "ten_shots")
@@ -116,6 +116,7 @@ def _reproduced(results: pd.DataFrame, spec: Spec, printed: pd.DataFrame) -> pd.
     rows = rows.assign(value=pd.to_numeric(rows["value"]) * kinds.map(scale), dirty=rows["dirty"].astype(bool))
     rows["chosen"] = rows["protocol"].map(was_chosen) if "protocol" in rows else False
     rows["unlike"] = _of_other_numbers(rows)
+    rows["paced"] = rows["protocol"].map(steps_of).ne(spec.steps) if spec.steps and "protocol" in rows else False
     rows = pd.concat([_as_hours(rows, printed), *_gains(rows, spec)], ignore_index=True)
     # First over the defects of a seed, as the paper averages.
     per_seed = rows.groupby(["profile", "split", *KEY, "seed"], sort=True).agg(
@@ -140,6 +141,11 @@ def _reproduced(results: pd.DataFrame, spec: Spec, printed: pd.DataFrame) -> pd.
 def was_chosen(protocol: str) -> bool:
     """Whether a downstream model was another than the one of the last step."""
     return not json.loads(protocol).get("selection", "last").startswith("last")
+
+
+def steps_of(protocol: str) -> int | None:
+    """Denoising steps of the images that a time was taken of; None where they are not recorded."""
+    return json.loads(protocol).get("num_inference_steps")
 
 
 def _of_other_numbers(rows: pd.DataFrame) -> pd.Series | bool:
@@ -282,6 +288,8 @@ def _reasons(row, spec: Spec, published_for: set[str], started: set[tuple[str, s
             found.append("other_training")
         if published.UNITS.get(row.metric) in ("h", "s", "1/s"):
             found.append("other_machine")
+    if row.paced:
+        found.append("other_steps")
     if spec.split is not None and row.split != spec.split:
         found.append("other_split")
     if row.dataset == "gdxray":

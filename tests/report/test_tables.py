@@ -144,6 +144,14 @@ def test_a_model_that_was_chosen_is_marked():
     assert "chosen_checkpoint" in why(one(tables.build(gain, "headline"), metric="ap_gain", dataset="mini"))
 
 
+@pytest.mark.parametrize("steps, marked", [(50, False), (20, True), (None, True)])
+def test_a_time_of_other_steps_than_the_published_is_marked(steps, marked):
+    protocol = json.dumps({} if steps is None else {"num_inference_steps": steps})
+    row = {"metric": "seconds_per_image", "method": "defectsynth", "dataset": "mvtec_ad", "category": "wood"}
+    found = one(tables.build(frame(row | {"protocol": protocol}), "table_7"), method="defectsynth")
+    assert ("other_steps" in why(found)) == marked
+
+
 def test_what_choosing_on_the_test_set_adds_stands_beside_and_nowhere_else():
     row = {"metric": "pixel_ap", "defect": "", "dataset": "mini", "stage": "downstream", "value": 0.5}
     best = {"metric": "pixel_ap_test_oracle", "protocol": json.dumps({"selection": "test_oracle: best"})}
