@@ -42,8 +42,9 @@ def test_all_stages_run_on_real_images(dataset, folder, shared, tmp_path):
     assert (sides == 1).all(), "crops of one image stay on one side"
     cells = [shot.mask.float().mean().item() * s.size**2 / 16 for shot in s.shots()]
     assert sorted(cells)[len(cells) // 2] >= 4 * 0.9, "the median defect covers four latent cells"
-    stages.quality(s, "crop_paste", 0)
-    for method in (study.SHOTS_ONLY, "crop_paste"):
+    evaluation.downstream(s, study.SHOTS_ONLY, 0)
+    for method in ("crop_paste", "defectsynth"):
+        stages.quality(s, method, 0)
         evaluation.downstream(s, method, 0)
     page = build.report({"parameters": parameters.model_dump(exclude_none=True), "categories": [s.category]})
     assert page.is_file() and str(tmp_path) in str(page), "real pixels stay out of figures/"

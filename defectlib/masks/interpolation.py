@@ -41,8 +41,6 @@ FRAMES = 10
 """Masks a pair (the released code: 8 in image space)."""
 KEEP = (0.5, 2.0)
 """A frame's area as a multiple of the interpolated area."""
-RELEASED_GREY = 50 / 255
-"""The grey level above which the released code calls a pixel of a decoded mask defect."""
 OUTSIDE = 0.1
 """Share of a mask that may lie outside the foreground: hand-drawn masks reach over contours."""
 NOT_KEPT = "not kept between its endpoints"
@@ -80,9 +78,9 @@ def area_of(mask: Tensor) -> float:
     return mask.sum().item() / mask.numel()
 
 
-def weights(n: int = FRAMES, endpoints: bool = False) -> NDArray[np.float64]:
-    """Alphas of ``n`` frames, evenly spaced: i / (n + 1) for i = 1..n, or from 0 to 1 with the endpoints."""
-    return np.linspace(0, 1, n) if endpoints else np.arange(1, n + 1) / (n + 1)
+def weights(n: int = FRAMES) -> NDArray[np.float64]:
+    """Alphas of ``n`` frames, evenly spaced between the endpoints: i / (n + 1) for i = 1..n."""
+    return np.arange(1, n + 1) / (n + 1)
 
 
 # Eq. 4: z_alpha = Slerp(z_0, z_1, alpha) = (sin((1 - alpha) w) z_0 + sin(alpha w) z_1) / sin w, w the angle between.
@@ -104,20 +102,15 @@ def slerp(first: Tensor, second: Tensor, alpha: float) -> Tensor:
     return (left * a + right * b).to(first.dtype)
 
 
-def threshold(image: Tensor, grey: float = 0.5, smallest: int = 0) -> Tensor:
-    """The mask that a drawn silhouette shows: bool (1, H, W).
+# The paper states no threshold. The released code's is 50 of 255, which counts a decoder's haze as defect, and it drops
+# pieces of fewer than 50 pixels at 512 x 512.
+def threshold(image: Tensor) -> Tensor:
+    """The mask that a drawn silhouette shows, bool (1, H, W): where the mean of the channels is above mid-grey.
 
     Args:
         image: float32 (3, H, W) in [-1, 1], white on black; what lies outside the range is only brighter or darker.
-        grey: A pixel is defect where the mean of its channels, brought to [0, 1], exceeds this. The paper states no
-            threshold; the released code's is :data:`RELEASED_GREY`, which counts a decoder's haze as defect.
-        smallest: Pieces of fewer pixels are dropped (released: 50 at 512 x 512).
     """
-    mask = (image.mean(0, keepdim=True) + 1) / 2 > grey
-    if smallest > 1:
-        labels, _ = ndimage.label(mask[0].numpy(), _EIGHT)
-        mask &= torch.from_numpy(np.bincount(labels.ravel())[labels] >= smallest)
-    return mask
+    return image.mean(0, keepdim=True) > 0
 
 
 def mask_iou(mask: Tensor, real: Sequence[Tensor], size: int = 64, angles: int = 60) -> float:

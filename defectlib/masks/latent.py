@@ -70,18 +70,16 @@ def _key(mask: Tensor) -> tuple[torch.Size, bytes]:
     return mask.shape, np.packbits(mask.numpy()).tobytes()
 
 
-def interpolate(
-    first: Tensor, second: Tensor, space: Space, alphas: Sequence[float] | None = None, grey: float = 0.5
-) -> Frames:
+def interpolate(first: Tensor, second: Tensor, space: Space, alphas: Sequence[float] | None = None) -> Frames:
     """The masks between two masks in latent space; arguments and result as in ``interpolation.interpolate``.
 
-    ``grey`` is the threshold of ``interpolation.threshold``. A frame is refused as "all black" where nothing is white
-    in the rectangle that holds both masks: specks that an autoencoder leaves at the border are no mask.
+    A frame is refused as "all black" where nothing is white in the rectangle that holds both masks: specks that an
+    autoencoder leaves at the border are no mask.
     """
     alphas = tuple(float(a) for a in (weights() if alphas is None else alphas))
     ends = space.noise(first), space.noise(second)
     drawn = space.from_noise(torch.stack([slerp(*ends, alpha) for alpha in alphas]))
-    masks = torch.stack([threshold(image, grey) for image in drawn])
+    masks = torch.stack([threshold(image) for image in drawn])
     y, x = (first | second)[0].nonzero().T
     between = masks[..., y.min() : y.max() + 1, x.min() : x.max() + 1].flatten(1).any(1)
     areas, counts = ([measure(mask) for mask in (first, second)] for measure in (area_of, count_pieces))

@@ -55,7 +55,7 @@ def rows(mask):
 
 
 def test_weights_by_hand():
-    assert weights(3).tolist() == [0.25, 0.5, 0.75] and weights(3, endpoints=True).tolist() == [0, 0.5, 1]
+    assert weights(3).tolist() == [0.25, 0.5, 0.75]
     assert len(weights()) == 10 and weights().min() > 0 and weights().max() < 1
 
 
@@ -92,19 +92,12 @@ def test_slerp_without_an_arc_takes_the_straight_line():
     assert slerp(a, -a, 0.5).abs().max() < 1e-6 and slerp(0 * a, 0 * a, 0.5).abs().max() == 0
 
 
-def test_threshold_by_hand_and_as_released():
-    # Grey 0.25, 0.6 and 1 on black: the released rule is above 50 / 255 = 0.196.
+def test_threshold_by_hand():
+    # Grey 0.25, 0.6 and 1 on black.
     image = torch.full((3, 1, 4), -1.0)
     image[:, 0, 1], image[:, 0, 2], image[:, 0, 3] = -0.5, 0.2, 1.0
     assert threshold(image).tolist() == [[[False, False, True, True]]]
-    assert threshold(image, interpolation.RELEASED_GREY).tolist() == [[[False, True, True, True]]]
     assert threshold(torch.tensor([1.0, 1.0, -1.0])[:, None, None]).all(), "the mean of the channels"
-
-
-def test_threshold_drops_small_pieces():
-    image = torch.where(box(8, 0, 0, 2, 2) | box(8, 5, 5, 1, 1), 1.0, -1.0).expand(3, -1, -1)
-    assert torch.equal(threshold(image, smallest=4), box(8, 0, 0, 2, 2))
-    assert not threshold(image, smallest=5).any() and threshold(image).sum() == 5
 
 
 # pairing
