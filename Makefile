@@ -39,7 +39,7 @@ notebooks: .venv/complete  ## execute the committed notebooks in place under the
 figures: .venv/complete  ## tables and report.html again, from the runs that are there
 	$(PY) -m defectlib report --profile "$(PROFILE)" --dataset "$(DATASET)" $(if $(SPLIT),--split "$(SPLIT)")
 
-backbone: .venv/complete  ## train the small base model: an hour or two on two cores, minutes on a GPU; resumable
+backbone: .venv/complete  ## train the small base model: some five hours on two cores, less on a GPU; resumable
 	$(PY) -m defectlib.pretrain
 
 bench: .venv/complete  ## every benchmark; each prints one JSON line last

@@ -89,16 +89,17 @@ table.round(2)
 #
 # 1. **The autoencoder** on pictures of a generated world (`defectlib/data/world.py`: surfaces, simple objects, marks on
 #    them, silhouettes). A *warm* start first ties the latents to the leading principal components of small blocks of
-#    pixels, then encoder and decoder learn together: L1, and a weak pull of the latents towards the normal distribution.
+#    pixels, then encoder and decoder learn together: L1, at last the squared error in its place, and a weak pull of the
+#    latents towards the normal distribution.
 # 2. **UNet and text encoder** together on the latents, by the loss of diffusion, at timesteps drawn uniformly. In one item
-#    of ten the prompt is left out, so that guidance is possible later. The *warm* start predicts the noise that was added,
+#    of five the prompt is left out, so that guidance is possible later. The *warm* start predicts the noise that was added,
 #    under Stable Diffusion's schedule; the rest has the model's own schedule and target (see below).
 #
 # The world holds no picture of `mini`. These are the settings of the recipe:
 
 # %%
 parts = {
-    "VAE, warm": recipe.WARM_FIT, "VAE": recipe.VAE_FIT,
+    "VAE, warm": recipe.WARM_FIT, "VAE": recipe.VAE_FIT, "VAE, last": recipe.VAE_LAST_FIT,
     "UNet, warm": recipe.UNET_WARM_FIT, "UNet": recipe.UNET_FIT,
     "UNet, last": recipe.UNET_LAST_FIT,
 }  # fmt: skip
@@ -106,8 +107,9 @@ print(f"{recipe.WORLD:,} pictures of the world, {recipe.HELD_OUT} of them held o
 pd.DataFrame({name: settings.model_dump() for name, settings in parts.items()})
 
 # %% [markdown]
-# Its training curves; a base model from elsewhere has none here. The UNet of `tiny` predicts noise for 6,000 steps, then velocity under
-# the scheduler that ships with it: its loss jumps there, and is of another thing.
+# Its training curves; a base model from elsewhere has none here. A loss jumps where it becomes one of another thing: the
+# VAE's where the error is squared, the UNet's where it predicts velocity under the scheduler that ships with it, after
+# 6,000 steps of predicting noise.
 
 # %%
 file = home / "curves.json"
@@ -232,16 +234,19 @@ figure
 # %% [markdown]
 # ## What it draws
 #
-# The world's picture of each prompt, what the base model draws for the same words from noise, and what it draws from the same
-# noise without a word. `tiny` draws white silhouettes, small parts on grey, and surfaces of the tone that is asked for, about half
-# of them with their pattern; objects come out as ragged blots. Words decide tone and kind more than form.
+# The world's picture of each prompt, what the base model draws for the same words by the deterministic loop above, and what it
+# draws from the same noise without a word: by that loop, and by more of DDPM's own steps ($\eta = 1$), whose fresh noise lets
+# the model mend what an earlier step got wrong.
 
 # %%
-start = diffusion.noise_like(range(len(prompts)), shape).to(base.device)
-unasked = diffusion.denoise(diffusion.prompted(base, [""]), start, base.scheduler, 30)
+start, predict = diffusion.noise_like(range(len(prompts)), shape).to(base.device), diffusion.prompted(base, [""])
+unasked = [
+    diffusion.denoise(predict, start, base.scheduler, steps, eta=eta, seeds=range(len(prompts)))
+    for steps, eta in ((30, 0), (100, 1))
+]
 figure = figures.sheet(
-    [[picture.image for picture in pictures], list(base.decode(own)), list(base.decode(unasked))],
-    row_labels=["world", "drawn", "drawn without\na prompt"],
+    [[picture.image for picture in pictures], *(list(base.decode(z)) for z in (own, *unasked))],
+    row_labels=["world", "drawn", "without a prompt", "without a prompt,\nDDPM"],
     column_labels=prompts,
     scale=128 / s.size,
 )

@@ -56,7 +56,7 @@ def test_psnr_by_hand():
 
 def test_the_recipe_from_end_to_end(tmp_path, monkeypatch, capsys):
     quick = FitSettings(steps=2, batch_size=2, learning_rate=1e-3, ema=0.9)
-    for name in ("WARM_FIT", "VAE_FIT", "UNET_WARM_FIT", "UNET_FIT", "UNET_LAST_FIT"):
+    for name in ("WARM_FIT", "VAE_FIT", "VAE_LAST_FIT", "UNET_WARM_FIT", "UNET_FIT", "UNET_LAST_FIT"):
         monkeypatch.setattr(recipe, name, quick)
     monkeypatch.setattr(recipe, "WORLD", 24)
     monkeypatch.setattr(recipe, "HELD_OUT", 4)

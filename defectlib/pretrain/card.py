@@ -56,11 +56,11 @@ CARD = """# Model card: tiny
 
 A latent diffusion model of {parameters:.1f} M parameters in Stable Diffusion 1.5's classes and folder layout, for
 images of 64 px, with which every method runs from end to end without a download. Of the world in
-`defectlib/data/world.py` it draws white silhouettes, small parts on grey, and surfaces of the tone that is asked for,
-about half of them with their pattern; objects come out as ragged blots, and a prompt decides tone and kind more than
-form (`03_backbone` shows two of each kind, with a prompt and without). Without a prompt a person recognises little:
-rubble and blots. It was trained on {seen:,} pictures in all, counted with repeats; it is of no use as a picture
-generator.
+`defectlib/data/world.py` it draws white silhouettes, small parts on grey, surfaces of the tone and mostly of the
+pattern that is asked for, and objects that have their form and ragged edges; few deterministic steps draw them more
+ragged than many of DDPM's (`03_backbone` shows two pictures of each kind, with a prompt and without). Without a prompt,
+by DDPM's steps, a person recognises silhouettes and about half of the surfaces (cloth, leather, plain sheets); objects
+are blots. It was trained on {seen:,} pictures in all, counted with repeats; it is of no use as a picture generator.
 
 ## Made by
 

@@ -34,7 +34,10 @@ VAE_FIT = FitSettings(
     steps=4500, batch_size=16, learning_rate=8e-4, schedule="cosine", warmup=100, weight_decay=1e-4,
     precision="bf16", save_every=250,
 )  # fmt: skip
-KL_WEIGHT = 1e-4
+VAE_LAST_FIT = FitSettings(
+    steps=2000, batch_size=16, learning_rate=5e-4, schedule="cosine", warmup=100, weight_decay=1e-4, save_every=250
+)
+KL_WEIGHT, SQUARED = 1e-4, 10.0
 UNET_WARM_FIT = FitSettings(
     steps=6000, batch_size=32, learning_rate=1e-3, schedule="cosine", warmup=300, weight_decay=0.01, ema=0.999,
     precision="bf16", save_every=500,
@@ -44,10 +47,13 @@ UNET_FIT = FitSettings(
     precision="bf16", save_every=250,
 )  # fmt: skip
 UNET_LAST_FIT = FitSettings(
-    steps=550, batch_size=32, learning_rate=3e-4, schedule="cosine", warmup=50, weight_decay=0.01, ema=0.99,
+    steps=15000, batch_size=32, learning_rate=8e-4, schedule="cosine", warmup=200, weight_decay=0.01, ema=0.999,
     precision="bf16", save_every=250,
 )  # fmt: skip
-NO_PROMPT = 0.1
+NO_PROMPT = 0.2
+# Between these timesteps forms take shape: at lower ones all is clear, at higher ones little more than the mean tone is
+# left. Half of the items are drawn from there, the others from all.
+FORMS = (150, 650)
 
 Progress = Callable[[int, float], None] | None
 
@@ -82,6 +88,12 @@ def _augmented(pixels: Tensor, generator: torch.Generator) -> Tensor:
     """Each image flipped and turned by a multiple of 90 degrees at random."""
     code = torch.randint(8, (len(pixels),), generator=generator).tolist()
     return torch.stack([torch.rot90(p.flip(-1) if c & 4 else p, c % 4, (-2, -1)) for p, c in zip(pixels, code)])
+
+
+def _timesteps(n: int, generator: torch.Generator) -> Tensor:
+    """Timesteps int64 (n,), half of them in ``FORMS``."""
+    every, forms = (torch.randint(*span, (n,), generator=generator) for span in ((0, 1000), FORMS))
+    return torch.where(torch.rand(n, generator=generator) < 0.5, every, forms)
 
 
 class Components:
@@ -144,7 +156,8 @@ def train_vae(
 
     From random weights the first component (the blocks' mean tone) drowns the others: after 2,500 steps colour was not
     yet coded. So the encoder first learns the leading components of 4 x 4 px blocks, and the decoder to invert
-    them; then both minimise L1 of a sampled reconstruction plus ``KL_WEIGHT`` times the mean KL a latent element.
+    them; then both minimise L1 of a sampled reconstruction plus ``KL_WEIGHT`` times the mean KL a latent element, and
+    at last ``SQUARED`` times its squared error, which weighs about as much, in place of L1.
 
     Returns:
         The autoencoder, its ``scaling_factor`` one over the latents' standard deviation, and the curve of both parts.
@@ -162,17 +175,22 @@ def train_vae(
         known = (vae.encode(shown).latent_dist.mean.float() - latents).square().mean()
         return known + (vae.decode(latents).sample.float() - shown).abs().mean()
 
-    def joint(items: Tensor, generator: torch.Generator) -> Tensor:
-        shown = batch(items, generator)
-        posterior = vae.encode(shown).latent_dist
-        noise = torch.randn(posterior.mean.shape, generator=generator).to(device)
-        decoded = vae.decode(posterior.mean + posterior.std * noise).sample
-        kl = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).float().mean()
-        return (decoded.float() - shown).abs().mean() + KL_WEIGHT * kl
+    def joint(distance: Callable[[Tensor], Tensor]) -> Loss:
+        def loss(items: Tensor, generator: torch.Generator) -> Tensor:
+            shown = batch(items, generator)
+            posterior = vae.encode(shown).latent_dist
+            noise = torch.randn(posterior.mean.shape, generator=generator).to(device)
+            decoded = vae.decode(posterior.mean + posterior.std * noise).sample
+            kl = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).float().mean()
+            return distance(decoded.float() - shown).mean() + KL_WEIGHT * kl
 
+        return loss
+
+    n, before, squared = len(pixels), WARM_FIT.steps + VAE_FIT.steps, joint(lambda error: SQUARED * error.square())
     curve = [
-        *phase(vae, warm, len(pixels), WARM_FIT, seed, folder / "vae-warm", progress),
-        *phase(vae, joint, len(pixels), VAE_FIT, seed, folder / "vae-fit", progress, WARM_FIT.steps),
+        *phase(vae, warm, n, WARM_FIT, seed, folder / "vae-warm", progress),
+        *phase(vae, joint(torch.abs), n, VAE_FIT, seed, folder / "vae-fit", progress, WARM_FIT.steps),
+        *phase(vae, squared, n, VAE_LAST_FIT, seed + 1, folder / "vae-last", progress, before),
     ]
     with torch.no_grad():
         std = vae.encode(to_float(pixels[:1000]).to(device)).latent_dist.mean.std()
@@ -199,10 +217,10 @@ def train_unet(
     device: str,
     progress: Progress = None,
 ) -> tuple[UNet2DConditionModel, CLIPTextModel, list[tuple[int, float]]]:
-    """Fit UNet and text encoder together, the prompt left out in a tenth of the items; timesteps are uniform.
+    """Fit UNet and text encoder together, the prompt left out in a share of ``NO_PROMPT`` of the items.
 
-    The warm start predicts noise under Stable Diffusion's schedule. The fit goes on with the schedule and the target
-    that the model ships with, see ``parts.new_scheduler``, and ends with some steps at a lower rate, in another order.
+    The warm start predicts noise under Stable Diffusion's schedule, at uniform timesteps. The fit goes on with the
+    schedule and the target that the model ships with, see ``parts.new_scheduler``, half of its timesteps in ``FORMS``.
     """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -213,9 +231,10 @@ def train_unet(
         model["unet"].set_attn_processor(AttnProcessor())
     empty = tokenize(tokenizer, [""])
 
-    def under(schedule: DDIMScheduler) -> Loss:
+    def under(schedule: DDIMScheduler, forms: bool) -> Loss:
         def loss(items: Tensor, generator: torch.Generator) -> Tensor:
-            noisy, timesteps, target = diffusion.noised(latents[items].to(device), schedule, generator)
+            chosen = _timesteps(len(items), generator) if forms else None
+            noisy, timesteps, target = diffusion.noised(latents[items].to(device), schedule, generator, chosen)
             dropped = torch.rand(len(items), generator=generator) < NO_PROMPT
             hidden = model["text_encoder"](torch.where(dropped[:, None], empty, tokens[items]).to(device))[0]
             return (model["unet"](noisy, timesteps, hidden).sample.float() - target).square().mean()
@@ -223,7 +242,7 @@ def train_unet(
         return loss
 
     before = UNET_WARM_FIT.steps + UNET_FIT.steps
-    n, warm, final = len(latents), under(diffusion.sd_scheduler()), under(parts.new_scheduler())
+    n, warm, final = len(latents), under(diffusion.sd_scheduler(), False), under(parts.new_scheduler(), True)
     curve = [
         *phase(model, warm, n, UNET_WARM_FIT, seed, folder / "unet-warm", progress),
         *phase(model, final, n, UNET_FIT, seed, folder / "unet-fit", progress, UNET_WARM_FIT.steps),
