@@ -29,8 +29,10 @@ from defectlib.data.textures import Array, Rng, step
 SIZE = textures.SIZE
 KINDS = {"surface": 0.38, "object": 0.32, "part": 0.1, "silhouette": 0.2}
 MARKED = 0.6
-# Things stand upright and lie on plain ground, mostly, as in photos: a model this small then learns their forms.
-LEAN, PLAIN_GROUND = 0.1, 0.75
+# Things stand upright, lie on plain ground and have calm faces, mostly, as parts in photos do: a model this small then
+# learns their forms. CALM is the share of them, and what is left of their material's contrast.
+LEAN, PLAIN_GROUND = 0.1, 0.9
+CALM, CONTRAST = 0.8, (0.05, 0.4)
 
 
 class Picture(NamedTuple):
@@ -96,7 +98,7 @@ def _material(rng: Rng, n: int) -> tuple[str, Array]:
     image = textures.colourise(surface(rng, n), rng)
     if rng.uniform() < 0.25:
         image = image * (0.35 + 0.75 * _tint(rng))
-    if rng.uniform() < 0.25:
+    if rng.uniform() < 0.1:
         width = rng.uniform(0.5, 4)
         chroma = np.stack([textures.noise(rng, n, width, width) for _ in range(3)], -1)
         image = image * (1 + rng.uniform(0.02, 0.12) * chroma)
@@ -240,6 +242,8 @@ def _shaded(rng: Rng, n: int) -> tuple[str, str, Array, Array]:
     """An object of some material on some ground, lit from one side: name, material, image (n, n, 3), cover."""
     name, cover, depth = _object(rng, n)
     noun, face = _material(rng, n)
+    if rng.uniform() < CALM:
+        face = face.mean((0, 1)) + rng.uniform(*CONTRAST) * (face - face.mean((0, 1)))
     slope = np.gradient(gaussian_filter(depth, 0.8))
     turn = rng.uniform(0, 2 * np.pi)
     face = face * (1 + rng.uniform(0.3, 1.6) * (np.cos(turn) * slope[0] + np.sin(turn) * slope[1]))[..., None]

@@ -59,8 +59,9 @@ images of 64 px, with which every method runs from end to end without a download
 `defectlib/data/world.py` it draws white silhouettes, small parts on grey, surfaces of the tone and mostly of the
 pattern that is asked for, and objects that have their form and ragged edges; few deterministic steps draw them more
 ragged than many of DDPM's (`03_backbone` shows two pictures of each kind, with a prompt and without). Without a prompt,
-by DDPM's steps, a person recognises silhouettes and about half of the surfaces (cloth, leather, plain sheets); objects
-are blots. It was trained on {seen:,} pictures in all, counted with repeats; it is of no use as a picture generator.
+by DDPM's steps, a person recognises silhouettes and most surfaces (cloth, leather, felt, plain sheets with a mark);
+objects are lumps on plain ground. It was trained on {seen:,} pictures in all, counted with repeats; it is of no use as
+a picture generator.
 
 ## Made by
 

@@ -47,7 +47,7 @@ UNET_FIT = FitSettings(
     precision="bf16", save_every=250,
 )  # fmt: skip
 UNET_LAST_FIT = FitSettings(
-    steps=15000, batch_size=32, learning_rate=8e-4, schedule="cosine", warmup=200, weight_decay=0.01, ema=0.999,
+    steps=17700, batch_size=32, learning_rate=8e-4, schedule="cosine", warmup=200, weight_decay=0.01, ema=0.999,
     precision="bf16", save_every=250,
 )  # fmt: skip
 NO_PROMPT = 0.2
