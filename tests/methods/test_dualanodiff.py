@@ -229,7 +229,7 @@ def test_as_released_draws_otherwise(fit, compensation):
 
 
 def test_what_is_learned_draws_a_mask_on_its_defect_and_interaction_is_what_puts_it_there(tmp_path):
-    """Forty steps on the base that ships: the drawn mask lies on what departs from the ground in the drawn image."""
+    """240 steps on the base that ships: the drawn mask lies on what departs from the ground in the drawn image."""
     tiny, stains = backbone.load("tiny", device="cpu"), []
     for k in range(4):
         plate = 0.5 + 0.02 * torch.randn(3, 64, 64, generator=torch.Generator().manual_seed(k))
@@ -239,7 +239,7 @@ def test_what_is_learned_draws_a_mask_on_its_defect_and_interaction_is_what_puts
         stains.append(Shot(image, mask, "plate", "stain", f"{k}"))
     asked = [Request(normal(), None, "plate", "stain", "a plate with a stain", k, k) for k in range(4)]
     quick = {
-        "steps": 40,
+        "steps": 240,
         "train_batch_size": 2,
         "learning_rate": 1e-3,
         "num_inference_steps": 10,
