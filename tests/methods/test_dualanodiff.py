@@ -229,7 +229,7 @@ def test_as_released_draws_otherwise(fit, compensation):
 
 
 def test_what_is_learned_draws_a_mask_on_its_defect_and_interaction_is_what_puts_it_there(tmp_path):
-    """240 steps on the base that ships: the drawn mask lies on what departs from the ground in the drawn image."""
+    """Forty steps on the base that ships, with redraws: the mask lies on what departs from the ground in the image."""
     tiny, stains = backbone.load("tiny", device="cpu"), []
     for k in range(4):
         plate = 0.5 + 0.02 * torch.randn(3, 64, 64, generator=torch.Generator().manual_seed(k))
@@ -239,7 +239,7 @@ def test_what_is_learned_draws_a_mask_on_its_defect_and_interaction_is_what_puts
         stains.append(Shot(image, mask, "plate", "stain", f"{k}"))
     asked = [Request(normal(), None, "plate", "stain", "a plate with a stain", k, k) for k in range(4)]
     quick = {
-        "steps": 240,
+        "steps": 40,
         "train_batch_size": 2,
         "learning_rate": 1e-3,
         "num_inference_steps": 10,
@@ -247,12 +247,12 @@ def test_what_is_learned_draws_a_mask_on_its_defect_and_interaction_is_what_puts
     }
     on = {}
     for interaction in (True, False):
-        method = DualAnoDiff(DualAnoDiffConfig(**quick, attempts=1, interaction=interaction), tiny)
+        method = DualAnoDiff(DualAnoDiffConfig(**quick, interaction=interaction), tiny)
         method.fit(stains, [], prompts={}, seed=0, workdir=tmp_path / str(interaction))
         drawn = method.sample(asked)
         visible = [(x.image - x.image.flatten(1).median(1).values[:, None, None]).abs().amax(0) > 0.4 for x in drawn]
         on[interaction] = np.mean([mask_iou(a[None], x.mask) or 0.0 for a, x in zip(visible, drawn, strict=True)])
-    assert on[True] > 0.65 and on[True] > on[False] + 0.2
+    assert on[True] > 0.7 and on[True] > on[False] + 0.2
 
 
 def test_the_masks_threshold_is_noted(fitted):
