@@ -91,9 +91,10 @@ table.round(2)
 #    them, silhouettes). A *warm* start first ties the latents to the leading principal components of small blocks of
 #    pixels, then encoder and decoder learn together: L1, at last the squared error in its place, and a weak pull of the
 #    latents towards the normal distribution.
-# 2. **UNet and text encoder** together on the latents, by the loss of diffusion, at timesteps drawn uniformly, after the
-#    warm start half of them where forms take shape. In one item of five the prompt is left out, so that guidance is possible later. The *warm* start predicts the noise that was added,
-#    under Stable Diffusion's schedule; the rest has the model's own schedule and target (see below).
+# 2. **UNet and text encoder** together on the latents, by the loss of diffusion. In one item of five the prompt is left
+#    out, so that guidance is possible later. The *warm* start predicts the noise that was added, under Stable Diffusion's
+#    schedule and at timesteps drawn uniformly; the rest has the model's own schedule and target (see below), and half of
+#    its timesteps where forms take shape.
 #
 # The world holds no picture of `mini`. These are the settings of the recipe:
 
