@@ -80,7 +80,7 @@ def why_withheld(s: Study, items: Sequence[Item], held_out: list, rule: str) -> 
     if all(item[2] == "good" for item in held_out):
         return f"the split '{s.settings.data.split}' holds no defect image of {s.category} out"
     if {item.defect for item in items} != set(s.defects):
-        return "no mask could be drawn for some defects"
+        return "too few masks could be drawn for some defects"
     if not (usable := _usable(items)):
         return "no drawn mask can be learned from: each is empty, full, or of a size that no real one has"
     counts = Counter(item.defect for item in usable)

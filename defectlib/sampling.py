@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from defectlib import images, paths
 from defectlib.masks import shape
+from defectlib.masks.interpolation import NoMask
 from defectlib.masks.sources import MaskSource
 from defectlib.methods.base import Method
 from defectlib.types import Request, Sample, Shot
@@ -35,6 +36,7 @@ def plan(
     defects: Sequence[str] | None = None,
     group_size: int = 1,
     one_normal_a_group: bool = False,
+    without: list[NoMask] | None = None,
 ) -> list[Request]:
     """Write ``n`` requests for each defect of the shots.
 
@@ -49,6 +51,11 @@ def plan(
         defects: All defects of the category in order; a defect's index d does not move when fewer are asked for.
         group_size: Consecutive requests of one defect that form a group.
         one_normal_a_group: The normal is chosen by the group's seed instead.
+        without: A request that the source drew no mask for is left out, and why is appended here.
+
+    Raises:
+        ValueError: There is no normal, or ``n`` is out of range.
+        NoMask: The source drew no mask for a request, and ``without`` is None.
     """
     if not normals:
         raise ValueError("there is no normal image to draw on: give at least one in train/good")
@@ -66,7 +73,13 @@ def plan(
             group = (base + i // group_size * group_size) if group_size > 1 else base + i
             chooser = np.random.default_rng([group, 1]) if one_normal_a_group else rng
             normal = normals[chooser.integers(len(normals))]
-            mask = None if mask_source is None else mask_source(rng, own, normal)
+            try:
+                mask = None if mask_source is None else mask_source(rng, own, normal)
+            except NoMask as error:
+                if without is None:
+                    raise
+                without.append(error)
+                continue
             requests.append(Request(normal, mask, own[0].category, defect, prompts[defect], base + i, group))
     return requests
 

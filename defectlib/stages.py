@@ -28,6 +28,9 @@ from defectlib.types import Sample, Shot
 
 # IoU from which a drawn mask counts as a shot's.
 COPIED_FROM = 0.95
+# Share of its requests that a defect needs masks for; below it, its numbers are withheld.
+LEAST = 0.5
+GAVE_UP = "no mask in all draws: request left out"
 
 
 @runs.alone
@@ -108,15 +111,19 @@ def sample(s: Study, method: str, seed: int) -> dict[str, Any]:
         source = None if fitted.makes_masks else functools.partial(s.mask_source(method), refused=refused)
         requests = []
         for defect in s.defects:
-            try:
-                requests += sampling.plan(
-                    [shot for shot in learned if shot.defect == defect], s.normals(seed),
-                    s.n_per_defect(method), source, seed, s.prompts(), s.all_defects, s.settings.sample.group_size,
-                    fitted.one_normal_a_group,
-                )  # fmt: skip
-            except NoMask as error:  # the other defects are drawn, this one's numbers are withheld
-                refused.update(error.counts)
-                why = {"n_generated": 0, "why_withheld": str(error)}
+            without: list[NoMask] = []
+            planned = sampling.plan(
+                [shot for shot in learned if shot.defect == defect], s.normals(seed),
+                s.n_per_defect(method), source, seed, s.prompts(), s.all_defects, s.settings.sample.group_size,
+                fitted.one_normal_a_group, without,
+            )  # fmt: skip
+            for error in without:
+                refused.update(error.counts + Counter({GAVE_UP: 1}))
+            if len(planned) >= LEAST * s.n_per_defect(method):
+                requests += planned
+            else:  # the other defects are drawn, this one's numbers are withheld
+                told = f"{len(planned)} of {s.n_per_defect(method)} requests got a mask: {without[0]}"
+                why = {"n_generated": 0, "why_withheld": told}
                 metrics.append({"metric": "mask_area", "value": None, "defect": defect, "protocol": why})
         fresh = not (folder.path / "images").exists()
         clock, passed = runs.stopwatch()
@@ -240,7 +247,7 @@ def quality(s: Study, method: str, seed: int) -> dict[str, Any]:
         for defect in s.defects:
             drawn = sampling.load(folder.path, defect)
             if not drawn:
-                why = {"n_generated": 0, "why_withheld": "no mask could be drawn for this defect"}
+                why = {"n_generated": 0, "why_withheld": "too few masks could be drawn for this defect"}
                 names = quality_metrics.names(s.settings.quality.extractor, s.settings.quality.perceptual)
                 names += [metric_name(s.settings.quality.extractor, "shot-distance")]
                 names += [judges.MASK_SEEN, *[judges.CLASS_SEEN] * asks_class]

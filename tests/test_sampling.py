@@ -1,8 +1,11 @@
+from collections import Counter
+
 import numpy as np
 import pytest
 import torch
 
 from defectlib import sampling
+from defectlib.masks.interpolation import NoMask
 from defectlib.types import Sample, Shot
 
 PROMPTS = {"crack": "a crack", "stain": "a stain"}
@@ -54,6 +57,23 @@ def test_seeds_are_distinct_and_stable():
 def test_a_defect_keeps_its_seeds_when_fewer_are_asked_for():
     few = sampling.plan(SHOTS[2:], NORMALS, 2, None, 0, PROMPTS, defects=["crack", "stain"])
     assert [r.seed for r in few] == [10_000, 10_001]
+
+
+def test_a_request_without_a_mask_is_left_out_and_the_others_stay_as_they_are():
+    drawn = iter(range(12))
+
+    def fussy(rng, shots, normal):
+        if next(drawn) % 6 == 3:
+            raise NoMask("none of 32 masks could be used", Counter())
+        return source(rng, shots, normal)
+
+    without, whole = [], {r.seed: r for r in plan()}
+    few = sampling.plan(SHOTS, NORMALS, 6, fussy, 0, PROMPTS, group_size=2, without=without)
+    assert [r.seed for r in few] == [0, 1, 2, 4, 5, 10_000, 10_001, 10_002, 10_004, 10_005] and len(without) == 2
+    assert all(torch.equal(whole[r.seed].mask, r.mask) and whole[r.seed].group == r.group for r in few)
+    drawn = iter(range(12))
+    with pytest.raises(NoMask):
+        sampling.plan(SHOTS, NORMALS, 6, fussy, 0, PROMPTS)
 
 
 def test_a_group_shares_its_normal_where_that_is_asked_for():

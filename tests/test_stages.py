@@ -124,10 +124,11 @@ def test_a_defect_without_a_mask_is_withheld_and_the_others_are_drawn(tiny_param
     name, n = "defectsynth_no_hmi", s.settings.sample.n_per_defect
     record = stages.sample(s, name, 0)
     withheld = {m["defect"]: m["protocol"]["why_withheld"] for m in record["metrics"] if "why_withheld" in str(m)}
-    assert list(withheld) == [s.defects[0]] and "none of 32 masks" in withheld[s.defects[0]]
+    assert list(withheld) == [s.defects[0]] and f"0 of {n} requests got a mask: none of 32" in withheld[s.defects[0]]
     refused = next(m for m in record["metrics"] if m["metric"] == "masks_refused")
     reasons = refused["protocol"]["reasons"]
-    assert reasons["all black"] == 32 and reasons["too dark"] == n and refused["value"] == sum(reasons.values())
+    assert reasons["all black"] == 32 * n and reasons["too dark"] == n and reasons[stages.GAVE_UP] == n
+    assert refused["value"] == sum(reasons.values())
     assert {item.defect for item in sampling.load(s.folder(name, 0).path)} == {s.defects[1]}
     rows = stages.quality(s, name, 0)["metrics"]
     assert {m["metric"] for m in rows if m["defect"] == s.defects[0]} == {m["metric"] for m in rows}

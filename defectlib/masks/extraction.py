@@ -6,9 +6,10 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-from scipy import ndimage
 from skimage.filters import threshold_otsu
 from torch import Tensor
+
+from defectlib.masks import shape
 
 FLOOR = 0.12
 """Least departure from the ground, in the image's unit of [-1, 1], that counts: 15 of 255 grey levels."""
@@ -53,12 +54,8 @@ def extract(part: Tensor, floor: float = FLOOR, speck: float = SPECK, tint: floa
         return Extracted(torch.ones(1, *departure.shape, dtype=torch.bool), floor, "border", off)
     departure = departure.numpy()
     otsu = float(threshold_otsu(departure)) if np.ptp(departure) else 0.0
-    found = departure > max(otsu, floor)
-    labels, count = ndimage.label(found, np.ones((3, 3)))
-    if count:
-        sizes = np.bincount(labels.ravel())[1:]
-        found = np.isin(labels, 1 + np.flatnonzero(sizes >= speck * sizes.max()))
-    return Extracted(torch.from_numpy(found)[None], max(otsu, floor), "otsu" if otsu > floor else "floor", off)
+    found = shape.without_specks(torch.from_numpy(departure > max(otsu, floor))[None], speck)
+    return Extracted(found, max(otsu, floor), "otsu" if otsu > floor else "floor", off)
 
 
 def ground(part: Tensor) -> Tensor:

@@ -102,8 +102,7 @@ def slerp(first: Tensor, second: Tensor, alpha: float) -> Tensor:
     return (left * a + right * b).to(first.dtype)
 
 
-# The paper states no threshold. The released code's is 50 of 255, which counts a decoder's haze as defect, and it drops
-# pieces of fewer than 50 pixels at 512 x 512.
+# The paper states no threshold. The released code's is 50 of 255, which counts a decoder's haze as defect.
 def threshold(image: Tensor) -> Tensor:
     """The mask that a drawn silhouette shows, bool (1, H, W): where the mean of the channels is above mid-grey.
 

@@ -125,7 +125,8 @@ SPECS = {
             "Published: one defect (wood, hole), 256 px, 50 epochs, batch 1, 500 pairs, RTX 4090. The profile table_4 "
             "is this protocol; any other is a reduced form: its own fit and draw, on the machine named with each run, "
             "in seconds of the processor where one thread computes. A base model that is adapted to a category first, "
-            "once for all that start from it, is not counted."
+            "once for all that start from it, is not counted, nor are masks that are made before drawing begins: those "
+            "of Crop-Paste, DefectSynth and AdaBLDM. DualAnoDiff and the symmetry-aware system draw theirs, redraws included."
         ),
         profile="table_4",
     ),

@@ -71,6 +71,17 @@ def test_specks_beyond_both_masks_are_black():
     assert not any(why == "all black" for why in near.refused) and all(near.refused), "it lies where a mask is"
 
 
+def test_specks_beside_a_mask_are_dropped_and_refuse_no_frame():
+    def speckled(noise):
+        noise = noise.clone()
+        noise[..., 0, 0] = noise[..., 31, 29:] = 1.0
+        return noise
+
+    a, b = disc(12, 12, 6), disc(20, 20, 6)
+    frames = latent.interpolate(a, b, latent.Space(lambda images: images, speckled), [0.02, 0.98])
+    assert torch.equal(frames.masks[0], a) and torch.equal(frames.masks[1], b) and frames.refused == ("", "")
+
+
 def test_the_source_never_falls_back_to_image_space():
     dark = latent.Space(lambda images: images, lambda noise: torch.full_like(noise, -1.0))
     with pytest.raises(ValueError, match=r"plate/hole.*all black"):

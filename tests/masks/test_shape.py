@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from defectlib.masks.shape import describe
+from defectlib.masks.shape import describe, without_specks
 
 
 def box(height, width):
@@ -17,6 +17,16 @@ def test_boxes_by_hand(height, width, elongation):
     shape = describe(box(height, width))
     assert shape.area == pytest.approx(height * width / 1024) and shape.components == 1
     assert shape.elongation == pytest.approx(elongation)
+
+
+def test_specks_go_and_pieces_stay():
+    mask = box(10, 10)
+    speckled, torn = mask.clone(), mask.clone()
+    speckled[0, 20, 20:24] = True
+    torn[0, 20, 20:25] = True
+    assert torch.equal(without_specks(speckled, 0.05), mask) and torch.equal(without_specks(torn, 0.05), torn)
+    empty = torch.zeros_like(mask)
+    assert torch.equal(without_specks(mask, 0.05), mask) and torch.equal(without_specks(empty, 0.05), empty)
 
 
 def test_pieces_touching_at_a_corner_are_one_and_the_largest_counts():
