@@ -76,7 +76,7 @@ def adapt(
     """
     asked = [base.digest, digest([images]), prompt, settings.model_dump(), rank, seed]
 
-    def train() -> tuple[State, Curve]:
+    def train(checkpoints: Path) -> tuple[State, Curve]:
         unet = _with_lora(base.unet, rank, seed)
         latents, text = base.encode(images), base.embed([prompt])
 
@@ -85,7 +85,7 @@ def adapt(
             predicted = unet(noisy, timesteps, text.expand(len(items), -1, -1)).sample
             return (predicted.float() - target).square().mean()
 
-        curve = fit(unet, loss, len(latents), settings, seed=seed, folder=folder)
+        curve = fit(unet, loss, len(latents), settings, seed=seed, folder=checkpoints)
         return {name: value.detach().cpu().clone() for name, value in get_peft_model_state_dict(unet).items()}, curve
 
     adapter, curve = once(folder / ADAPTER, asked, train)
@@ -179,7 +179,7 @@ def to_objects(base: Backbone, images: Tensor, asked: AdaptSettings, folder: Pat
     name = hashlib.sha256(json.dumps(depends).encode()).hexdigest()[:12]
     file = folder / f"{name}.safetensors"
 
-    def train() -> tuple[State, Curve]:
+    def train(checkpoints: Path) -> tuple[State, Curve]:
         unet = copy.deepcopy(base.unet).requires_grad_(True)
         turns = TURNS if asked.flips else TURNS[:1]
         latents = base.encode(torch.cat([images.flip(turn) for turn in turns]))
@@ -193,7 +193,7 @@ def to_objects(base: Backbone, images: Tensor, asked: AdaptSettings, folder: Pat
             noisy, timesteps, target = diffusion.noised(clean, base.scheduler, generator)
             return (unet(noisy, timesteps, text[told]).sample.float() - target).square().mean()
 
-        curve = fit(unet, loss, len(latents), FitSettings(**recipe(asked)["fit"]), seed=0, folder=folder / name)
+        curve = fit(unet, loss, len(latents), FitSettings(**recipe(asked)["fit"]), seed=0, folder=checkpoints)
         return {name: value.detach().cpu().contiguous() for name, value in unet.state_dict().items()}, curve
 
     with paths.locked(folder / f".{name}.lock"):  # jobs of several methods ask for one

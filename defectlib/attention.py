@@ -29,9 +29,10 @@ def selective_weights(
     """The weights w = ||M||_1 softmax(mean_c (M (z_r' - z_t))^2) + 1: most where the drawn defect differs most.
 
     The paper prints the softmax over all pixels ("image"): then w exceeds 1 outside the mask too, and its mean inside
-    depends on the mask's area. Inside the mask alone ("mask") that mean is exactly 2, and outside w is 1.
-    The released code has min-max of the same difference, + 1 inside the mask and 1 outside, so w lies in [1, 2]; there
-    the extremes are taken over the whole batch, here over each sample, because a sample may not depend on its batch.
+    depends on the mask's area. Inside the mask alone ("mask") that mean is exactly 2 before ``cap``, and outside
+    w is 1. The released code has min-max of the same difference, + 1 inside the mask and 1 outside, so w lies in
+    [1, 2]; there the extremes are taken over the whole batch, here over each sample, because a sample may not depend on
+    its batch.
 
     Args:
         reference: z_r', the aligned latents of a real defect, (N, C, h, w).
@@ -197,8 +198,7 @@ def _cross_attention(unet: nn.Module) -> dict[str, Attention]:
 def reweighted(unet: nn.Module, weights: AttentionWeights) -> Iterator[None]:
     """Within it, every cross-attention (``attn2``) of ``unet`` reads ``weights``; afterwards all is as before.
 
-    Set weights before the loop for its first step, and in a hook for each later one. A ControlNet is left alone, as in
-    the released code.
+    Set weights before each prediction. A ControlNet is left alone, as in the released code.
 
     Raises:
         ValueError: No ``attn2`` was found, or one has a processor with weights of its own, which would be lost.

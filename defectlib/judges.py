@@ -59,7 +59,7 @@ def _of_shots(
 ) -> nn.Module:
     """A downstream model of the shots, from its file where it is there."""
 
-    def learned() -> tuple[State, Curve]:
+    def learned(_: Path) -> tuple[State, Curve]:
         model, losses = train()
         state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
         return state, list(enumerate(losses, 1))

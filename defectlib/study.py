@@ -396,6 +396,11 @@ def _check(s: Study, rows: pd.DataFrame) -> None:
         )
     for name in [*s.methods, *s.variants]:
         source, rule, config = s.mask_source_name(name), s.shot_rule(name), s.config(name)
+        if source == "perlin" and (full := [x for seed in s.seeds for x in s.shots(seed) if x.mask.all()]):
+            raise ValueError(
+                f"the mask of {s.category}/{full[0].defect}/{full[0].id} covers the whole image, and {name} draws "
+                "noise of the shots' areas: remove the pair, correct the mask, or leave the variant out (`variants`)"
+            )
         by_class = getattr(config, "adapters", "") in ("csb", "vera") and not base.covers_dataset(
             s.method_of(name), config
         )

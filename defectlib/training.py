@@ -30,6 +30,8 @@ from defectlib.profiles import Strict
 Loss = Callable[[Tensor, torch.Generator], Tensor]
 Curve = list[tuple[int, float]]
 State = dict[str, Tensor]
+ENDED = "ended"
+"""The folder in which a method keeps, by :func:`once`, what it has trained, until all of it is saved."""
 
 
 class FitSettings(Strict):
@@ -92,7 +94,7 @@ def fit(
         n_items: How many items there are to draw batches from.
         settings: See :class:`FitSettings`.
         seed: Of the batches and of the generators that ``loss`` is given.
-        folder: Where checkpoints go; removed at the end.
+        folder: Where checkpoints go; the caller removes it once the weights are kept, see :func:`once`.
         progress: Called with (step, mean loss since the last call) about a hundred times.
         factors: Of the learning rate, one a trained parameter; None: all 1.
         decays: Weight decay, one a trained parameter; None, also for one of them: that of the settings.
@@ -154,8 +156,6 @@ def fit(
             _save(accelerator, folder, step + 1, stamp | {"curve": curve, "window": window})
     if ema:
         ema.copy_to(trained)
-    if folder.exists():
-        shutil.rmtree(folder)
     model.eval()
     return curve
 
@@ -168,22 +168,26 @@ def digest(tensors: Iterable[Tensor]) -> str:
     return found.hexdigest()
 
 
-def once(file: Path, asked: list, train: Callable[[], tuple[State, Curve]]) -> tuple[State, Curve]:
+def once(file: Path, asked: list, train: Callable[[Path], tuple[State, Curve]]) -> tuple[State, Curve]:
     """What ``train`` returns, kept in ``file``, so that a run that is killed later does not train it anew.
 
     Args:
         file: A safetensors file; removing it is the caller's part.
         asked: What the training depends on, as JSON values: a file of another training is not taken.
-        train: Returns named weights and the loss curve.
+        train: Called with a folder for its checkpoints, another one for what else is asked, which goes when the file is
+            written; returns named weights and the loss curve.
 
     Raises:
         ValueError: The file cannot be read.
     """
     if (curve := kept_curve(file, asked)) is not None:
         return safetensors.torch.load_file(file), curve
-    state, curve = train()
+    name = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:12]
+    checkpoints = file.with_name(f"{file.stem}-{name}")
+    state, curve = train(checkpoints)
     described = {"fit": json.dumps({"asked": asked, "curve": curve})}
     paths.write_bytes(file, safetensors.torch.save(state, metadata=described))
+    paths.remove(checkpoints)
     return state, curve
 
 

@@ -85,7 +85,8 @@ table.round(2)
 # %% [markdown]
 # ## How `tiny` was made
 #
-# `make backbone` trains it from nothing, in two parts:
+# `make backbone` trains such a model from nothing, by this recipe (the weights that ship were trained by its parts in several
+# goes; their [model card](../defectlib/backbone/tiny/README.md) tells how), in two parts:
 #
 # 1. **The autoencoder** on pictures of a generated world (`defectlib/data/world.py`: surfaces, simple objects, marks on
 #    them, silhouettes). A *warm* start first ties the latents to the leading principal components of small blocks of

@@ -65,10 +65,8 @@ def test_the_recipe_from_end_to_end(tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(evidence, name, 2)
     monkeypatch.setattr(mini, "CATEGORIES", {"gear": ("crack",)})
     monkeypatch.setitem(evidence.ZERO_SHOT, "num_inference_steps", 2)
-    out = tmp_path / "base"
-    monkeypatch.setattr(
-        sys, "argv", ["pretrain", "--out", str(out), "--work", str(tmp_path / "work"), "--threads", "1"]
-    )
+    out = tmp_path / "work" / "tiny"
+    monkeypatch.setattr(sys, "argv", ["pretrain", "--work", str(tmp_path / "work"), "--threads", "1"])
     __main__.main()
     base = backbone.load(str(out), device="cpu")
     page = (out / "README.md").read_text()

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from defectlib import training
 from defectlib.training import FitSettings, batch_indices, fit, step_generator
 
 X = torch.linspace(-1, 1, 40)[:, None]
@@ -34,10 +35,10 @@ def run(folder, settings=SETTINGS, stop_at=None, seed=0):
     return net, curve, calls
 
 
-def test_it_learns_and_clears_its_checkpoints(tmp_path):
-    net, curve, _ = run(tmp_path / "fit", SETTINGS.model_copy(update={"steps": 300}))
+def test_it_learns(tmp_path):
+    net, curve, _ = run(tmp_path, SETTINGS.model_copy(update={"steps": 300}))
     assert (net(X) - Y).square().mean() < 0.01 < curve[0][1]
-    assert curve[-1][0] == 300 and not (tmp_path / "fit").exists()
+    assert curve[-1][0] == 300
 
 
 def test_a_killed_run_ends_at_the_same_bits(tmp_path):
@@ -78,6 +79,29 @@ def test_a_loss_that_is_not_finite_stops(tmp_path):
     net = network()
     with pytest.raises(FloatingPointError, match="at step 0"):
         fit(net, lambda items, g: net(X[items]).sum() * torch.inf, 40, SETTINGS, seed=0, folder=tmp_path)
+
+
+def test_checkpoints_stay_until_the_weights_are_kept(tmp_path, monkeypatch):
+    """A kill while the weights are written costs the steps since the last checkpoint, not the whole fit."""
+    calls = []
+
+    def train(checkpoints):
+        net, curve, made = run(checkpoints)
+        calls.append(len(made))
+        return net.state_dict(), curve
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as broken, pytest.raises(KeyboardInterrupt):
+        broken.setattr(training.paths, "write_bytes", killed)
+        training.once(tmp_path / "net.safetensors", ["asked"], train)
+    state, curve = training.once(tmp_path / "net.safetensors", ["asked"], train)
+    assert calls == [60, 20] and [p.name for p in tmp_path.iterdir()] == ["net.safetensors"]
+    again, kept = training.once(tmp_path / "net.safetensors", ["asked"], train)
+    assert calls == [60, 20] and kept == curve and all(torch.equal(again[k], v) for k, v in state.items())
+    training.once(tmp_path / "net.safetensors", ["something else"], train)
+    assert calls == [60, 20, 60], "a training of something else is not taken"
 
 
 def test_every_item_is_seen_equally_often():

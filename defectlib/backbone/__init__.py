@@ -45,7 +45,7 @@ class Backbone:
     Attributes:
         name: As asked for: ``tiny``, ``sd15`` or a folder.
         digest: sha256 over the sha256s of all its files (weights, configurations, vocabulary), for stage files; of one
-            that was adapted, over its base's and its UNet's weights.
+            that ``adaptation.to_objects`` made, over its base's and its UNet's weights.
     """
 
     name: str

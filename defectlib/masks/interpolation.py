@@ -158,10 +158,7 @@ def interpolate(
         ValueError: A mask is empty, the sizes differ, a weight or the form is unknown.
     """
     alphas = np.atleast_1d(np.asarray(weights() if alphas is None else alphas, float))
-    if first.shape != second.shape:
-        raise ValueError(f"the masks are {tuple(first.shape[1:])} and {tuple(second.shape[1:])}: resize one of them")
-    if not (first.any() and second.any()):
-        raise ValueError("there is nothing to interpolate in an empty mask; leave the pair out")
+    require_pair(first, second)
     if form not in ("transport", "raster") or alphas.min() < 0 or alphas.max() > 1:
         raise ValueError(f"form must be transport or raster and weights in [0, 1], got {form} and {alphas}")
     pixels, pieces, counts = zip(*(_pieces(mask[0].numpy()) for mask in (first, second)))
@@ -186,6 +183,25 @@ def interpolate(
     areas, masks = [area_of(mask) for mask in (first, second)], torch.from_numpy(frames)[:, None]
     refused = [refusal(mask, (1 - alpha) * areas[0] + alpha * areas[1], counts) for alpha, mask in zip(alphas, masks)]
     return Frames(masks, tuple(alphas.tolist()), tuple(refused))
+
+
+def require_pair(first: Tensor, second: Tensor) -> None:
+    """Two masks, bool (1, H, W), of one size and not empty; ValueError otherwise."""
+    if first.shape != second.shape:
+        raise ValueError(f"the masks are {tuple(first.shape[1:])} and {tuple(second.shape[1:])}: resize one of them")
+    if not (first.any() and second.any()):
+        raise ValueError("there is nothing to interpolate in an empty mask; leave the pair out")
+
+
+def require_two(shots: Sequence[Shot]) -> str:
+    """The defect of the shots as "category/defect", of which there are at least two; ValueError otherwise."""
+    defect = f"{shots[0].category}/{shots[0].defect}"
+    if len(shots) < 2:
+        raise ValueError(
+            f"interpolation needs two masks of {defect} and there is one: give a second shot, or take the mask source "
+            "'affine', which varies a single mask"
+        )
+    return defect
 
 
 def _pieces(mask: NDArray[np.bool_]) -> tuple[NDArray, NDArray, int]:
@@ -310,12 +326,7 @@ def hmi_image(
     Raises:
         ValueError: There is one shot only, or every draw was refused.
     """
-    defect = f"{shots[0].category}/{shots[0].defect}"
-    if len(shots) < 2:
-        raise ValueError(
-            f"interpolation needs two masks of {defect} and there is one: give a second shot, or take the mask source "
-            "'affine', which varies a single mask"
-        )
+    defect = require_two(shots)
     allowed = trimap.foreground(normal)
     areas = [area_of(shot.mask) for shot in shots]
 

@@ -28,6 +28,8 @@ from defectlib.masks.interpolation import (
     hmi_image,
     redraw,
     refusal,
+    require_pair,
+    require_two,
     settled,
     slerp,
     threshold,
@@ -80,6 +82,7 @@ def interpolate(first: Tensor, second: Tensor, space: Space, alphas: Sequence[fl
     autoencoder leaves at the border are no mask. Specks beside a larger piece are dropped and not
     counted, in frames as in the two masks (:data:`SPECK`).
     """
+    require_pair(first, second)
     alphas = tuple(float(a) for a in (weights() if alphas is None else alphas))
     ends = space.noise(first), space.noise(second)
     drawn = space.from_noise(torch.stack([slerp(*ends, alpha) for alpha in alphas]))
@@ -105,9 +108,7 @@ def hmi_latent(space: Space) -> Callable[..., Tensor]:
     def source(
         rng: np.random.Generator, shots: Sequence[Shot], normal: Tensor, refused: Counter[str] | None = None
     ) -> Tensor:
-        defect = f"{shots[0].category}/{shots[0].defect}"
-        if len(shots) < 2:
-            raise ValueError(f"interpolation needs two masks of {defect} and there is one: give a second shot")
+        defect = require_two(shots)
         allowed, areas = trimap.foreground(normal), [area_of(shot.mask) for shot in shots]
 
         def draw(generator: np.random.Generator) -> Tensor | str:

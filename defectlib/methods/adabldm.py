@@ -32,7 +32,6 @@ few-shot images       never tested on                               also copied 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Sequence
@@ -54,10 +53,8 @@ from defectlib.decoder import Part, adapted
 from defectlib.diffusion import Hook, at_level, denoise, dilated, kept_outside, noise_like, to_latents
 from defectlib.masks.trimap import depths_of, foreground, trimap
 from defectlib.methods.base import MethodConfig, register, require_base, require_fitted_on, require_prompts
-from defectlib.training import Curve, FitSettings, State, digest, fit, once
+from defectlib.training import ENDED, Curve, FitSettings, State, digest, fit, once
 from defectlib.types import Request, Sample, Shot
-
-ENDED = "ended"
 
 
 class AdaBLDMConfig(MethodConfig):
@@ -282,7 +279,7 @@ class AdaBLDM:
         text, nothing = base.embed([prompt]), base.embed([""])
         grid = base.latent_shape(side)[1:]
 
-        def train() -> tuple[State, Curve]:
+        def train(checkpoints: Path) -> tuple[State, Curve]:
             learned = self.composites(shots, normals, objects, seed)
             net = new_controlnet(base, seed)
             if config.gradient_checkpointing:
@@ -301,7 +298,7 @@ class AdaBLDM:
                 )  # fmt: skip
 
             try:
-                curve = fit(net, loss, config.composites, config.fit_settings(), seed=seed, folder=folder)
+                curve = fit(net, loss, config.composites, config.fit_settings(), seed=seed, folder=checkpoints)
             finally:
                 base.unet.disable_gradient_checkpointing()  # others draw with this base model
             return {name: value.detach().cpu().contiguous() for name, value in net.state_dict().items()}, curve
@@ -309,8 +306,6 @@ class AdaBLDM:
         given = digest([x for shot in shots for x in (shot.image, shot.mask)] + [*normals, *objects])
         depths = depths_of(tuple(shots)) if config.placement == "as_shots" else None
         asked = [self.base.digest, config.fit_values(), given, prompt, depths, seed]
-        name = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:12]
-        folder = workdir / "checkpoints" / f"{shots[0].defect}-{name}"
         return once(workdir / ENDED / f"{shots[0].defect}.safetensors", asked, train)
 
     def _hints(self, masks: Tensor, objects: Sequence[Tensor]) -> Tensor:

@@ -8,7 +8,6 @@ profile, see ``adaptation.to_objects``); the papers do not do that.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections import Counter
@@ -32,12 +31,11 @@ from defectlib.masks.extraction import FLOOR, TINT, extract
 from defectlib.masks.interpolation import area_of, flaws
 from defectlib.masks.trimap import foreground
 from defectlib.methods.base import MethodConfig, require_base, require_fitted_on
-from defectlib.training import Curve, FitSettings, State, digest, fit, once
+from defectlib.training import ENDED, Curve, FitSettings, State, digest, fit, once
 from defectlib.types import Request, Sample, Shot
 
 # What starts from noise: each has a stream of its own under one seed.
 IMAGE, PART, BACKGROUND = range(3)
-ENDED = "ended"
 DEFECTS = "defects"
 """In a file of weights: whose they are. Of as many other defects they would load, and draw those."""
 
@@ -225,7 +223,7 @@ class PairMethod:
             backgrounds=config.compensation,
         )  # fmt: skip
 
-        def train() -> tuple[State, Curve]:
+        def train(checkpoints: Path) -> tuple[State, Curve]:
             latents = {name: self._encode(images, name) for name, images in pictures.shown.items()}
             dual = self.untrained(seed)
             if start is not None:
@@ -251,7 +249,7 @@ class PairMethod:
                 len(turns),
                 settings,
                 seed=seed,
-                folder=folder,
+                folder=checkpoints,
                 factors=self.factors(dual),
                 decays=self.decays(dual),
             )
@@ -261,7 +259,6 @@ class PairMethod:
         asked = [base.digest, config.fit_values(), learned, [*map(self.name_of, shots)], seed]
         # By name: what is read from a file has another order than what was just trained.
         asked += [] if start is None else [digest(start[name] for name in sorted(start))]
-        folder = workdir / "checkpoints" / f"{group}-{hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:12]}"
         return once(workdir / ENDED / f"{group}.safetensors", asked, train)
 
     def untrained(self, seed: int) -> Dual:

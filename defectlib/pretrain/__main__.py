@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import time
 from pathlib import Path
 
@@ -15,15 +14,14 @@ from defectlib.pretrain import card, parts, recipe
 
 
 def main() -> None:
-    """Train VAE, UNet and text encoder, write the folder with its model card, and print the card."""
+    """Train VAE, UNet and text encoder, write the folder with its model card beside them, and say how it is used."""
     parser = argparse.ArgumentParser(prog="python -m defectlib.pretrain", description=main.__doc__)
-    parser.add_argument("--out", type=Path, default=backbone.HERE / "tiny")
     parser.add_argument("--work", type=Path, default=paths.RUNS / "backbone", help="pictures, checkpoints, curves")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    work, seed, device = options.work, options.seed, backbone.default_device()
+    work, made, seed, device = options.work, options.work / "tiny", options.seed, backbone.default_device()
     clock = time.perf_counter()
 
     def progress(part: str) -> recipe.Progress:
@@ -36,14 +34,14 @@ def main() -> None:
     tokens = parts.token_table(tokenizer, prompts, seed)[recipe.HELD_OUT :]
     latents = recipe.latents_of(vae, trained_on, work / "latents.safetensors")
     unet, text, curves["unet"] = recipe.train_unet(latents, tokens, tokenizer, seed, work, device, progress("unet"))
-    parts.save(vae, unet, text, tokenizer, work / "tiny")
-    shutil.copytree(work / "tiny", options.out, dirs_exist_ok=True)
-    paths.write_text(options.out / "curves.json", json.dumps(curves))
-    text = card.card(backbone.load(str(options.out)), pixels, recipe.HELD_OUT, seed, options.out, work)
-    paths.write_text(options.out / "README.md", text)
+    parts.save(vae, unet, text, tokenizer, made)
+    paths.write_text(made / "curves.json", json.dumps(curves))
+    text = card.card(backbone.load(str(made)), pixels, recipe.HELD_OUT, seed, made, work)
+    paths.write_text(made / "README.md", text)
     print(text)
-    print("sha256 for defectlib/backbone/known.json:")
-    print(json.dumps({file: paths.sha256(options.out / file) for file in backbone.files_of(options.out)}, indent=2))
+    print(f"`backbone: {made}` in a profile draws with it. To ship it as tiny, copy the folder over")
+    print(f"{backbone.HERE / 'tiny'}, and these sha256 into {backbone.HERE / 'known.json'}:")
+    print(json.dumps({file: paths.sha256(made / file) for file in backbone.files_of(made)}, indent=2))
 
 
 if __name__ == "__main__":

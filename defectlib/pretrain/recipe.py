@@ -140,6 +140,7 @@ def phase(
         state = {name: value.contiguous() for name, value in model.state_dict().items()}
         described = {"curve": json.dumps(curve), "asked": json.dumps(asked)}
         paths.write_bytes(done, safetensors.torch.save(state, metadata=described))
+        paths.remove(folder)
     with safe_open(done, "pt") as file:
         known = file.metadata()
     if json.loads(known["asked"]) != asked:

@@ -126,7 +126,7 @@ SPECS = {
             "is this protocol; any other is a reduced form: its own fit and draw, on the machine named with each run, "
             "in seconds of the processor where one thread computes. A base model that is adapted to a category first, "
             "once for all that start from it, is not counted, nor are masks that are made before drawing begins: those "
-            "of Crop-Paste, DefectSynth and AdaBLDM. DualAnoDiff and the symmetry-aware system draw theirs, redraws included."
+            "of Crop-Paste, DefectSynth and AdaBLDM. The other two draw theirs, and what they draw again counts."
         ),
         profile="table_4",
     ),

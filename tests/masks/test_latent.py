@@ -88,6 +88,12 @@ def test_the_source_never_falls_back_to_image_space():
         latent.hmi_latent(dark)(np.random.default_rng(0), shots(disc(12, 12, 6), disc(20, 20, 6)), NORMAL)
 
 
+@pytest.mark.parametrize(("other", "why"), [(disc(12, 12, 6, 64), "resize one"), (disc(99, 99, 1), "empty mask")])
+def test_masks_that_are_no_pair_are_one_sentence(other, why):
+    with pytest.raises(ValueError, match=why):
+        latent.interpolate(disc(12, 12, 6), other, identity())
+
+
 def test_one_shot_is_one_sentence():
     with pytest.raises(ValueError, match="two masks of plate/hole and there is one"):
         latent.hmi_latent(identity())(np.random.default_rng(0), shots(disc(12, 12, 6)), NORMAL)
