@@ -15,9 +15,11 @@ import yaml
 from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from defectlib import backbone, batch, params, paths, stages, study
+from defectlib import backbone, batch, params, paths, sampling, stages, study
 from defectlib.branches.compensation import Compensation
 from defectlib.diffusion import sd_scheduler
+from defectlib.masks import latent
+from defectlib.masks.interpolation import ATTEMPTS, NOT_KEPT, branch
 from defectlib.metrics import files
 from defectlib.pretrain import parts
 from defectlib.report import build
@@ -183,6 +185,25 @@ def test_all_notebooks_at_paper_scale(untrained_paper, tiny_mini, tmp_path):
     assert {"inception-kid", "vgg-ic-lpips", "accuracy", "pixel_ap"} <= set(scored["metric"])
     values = {"parameters": given.model_dump(exclude_none=True), "categories": [CATEGORY], "grouping": "category"}
     assert build.report(values).is_file()
+
+
+@pytest.mark.slow
+def test_latent_space_is_asked_for_masks_at_paper_scale(untrained_paper, tiny_mini, tmp_path):
+    """Which is not above, where masks are small; a model that was never trained gives none, and that is counted."""
+    given = params.validate({
+        "profile": "paper", "data_root": str(tiny_mini), "category": CATEGORY, "defects": ["efflorescence"],
+        "methods": ["defectsynth"], "runs_root": str(tmp_path / "runs"),
+    })  # fmt: skip
+    s = study.open_category(given)
+    assert branch([shot.mask for shot in s.shots(0)]) == "latent"
+    record = stages.sample(s, "defectsynth", 0)
+    (refused,) = [row["protocol"]["reasons"] for row in record["metrics"] if row["metric"] == "masks_refused"]
+    assert (
+        refused[latent.FELL_BACK]
+        == s.n_per_defect("defectsynth")
+        == len(sampling.load(s.folder("defectsynth", 0).path))
+    )
+    assert refused.get(latent.BLACK, 0) + refused.get(NOT_KEPT, 0) >= ATTEMPTS * refused[latent.FELL_BACK]
 
 
 @pytest.mark.slow
