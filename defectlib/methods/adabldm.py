@@ -282,9 +282,6 @@ class AdaBLDM:
         def train(checkpoints: Path) -> tuple[State, Curve]:
             learned = self.composites(shots, normals, objects, seed)
             net = new_controlnet(base, seed)
-            if config.gradient_checkpointing:
-                net.enable_gradient_checkpointing()
-                base.unet.enable_gradient_checkpointing()  # gradients pass through the frozen decoder too
 
             def loss(items: Tensor, generator: torch.Generator) -> Tensor:
                 unpacked = np.unpackbits(learned.masks[items.numpy()], axis=-1, count=side)
@@ -298,6 +295,9 @@ class AdaBLDM:
                 )  # fmt: skip
 
             try:
+                if config.gradient_checkpointing:
+                    net.enable_gradient_checkpointing()
+                    base.unet.enable_gradient_checkpointing()  # gradients pass through the frozen decoder too
                 curve = fit(net, loss, config.composites, config.fit_settings(), seed=seed, folder=checkpoints)
             finally:
                 base.unet.disable_gradient_checkpointing()  # others draw with this base model

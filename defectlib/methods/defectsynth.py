@@ -93,8 +93,7 @@ class DefectSynthConfig(MethodConfig):
         sae_cap: Largest weight: 2 is the released code's range. None leaves the tail of Equation 7, whose largest
             weight is 80 to 100 on Stable Diffusion's 64 x 64 cells (``04_methods`` simulates it) and a few on the
             16 x 16 of ``tiny``. There ``04_methods`` counts no damage in either form: the limit is a precaution for
-            the larger grid, no finding, and no small one: of that simulation's weights the mean inside the mask falls
-            from 2 to 1.24.
+            the larger grid, no finding, and no small one: there the mean inside the mask falls from 2 to 1.26.
         sff_base_weight: w_i of the sample whose turn it is, w_j of the others share the rest equally: Equation 9's
             weights are read as of roles, not of samples by number.
         sff_within: Fuse features inside the mask, which is the released code's form (Section III-E speaks of "the
