@@ -26,7 +26,7 @@ from defectlib import images
 
 DPI = 100
 # Of a figure on a notebook's page; its file has 256.
-PAGE_COLOURS = 56
+PAGE_COLOURS = 48
 WIDEST = 1100
 LARGEST_CELL = 192
 OUTLINE = "#E8432E"
