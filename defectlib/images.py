@@ -124,6 +124,16 @@ def resize_mask(mask: Tensor, size: int) -> Tensor:
     return torch.from_numpy(small)[None]
 
 
+def is_grey(image: Tensor) -> bool:
+    """Whether the channels of float32 (3, H, W) are equal everywhere, as a sensor of one channel gives them."""
+    return torch.equal(image, image[:1].expand_as(image))
+
+
+def to_grey(image: Tensor) -> Tensor:
+    """float32 (3, H, W) with the mean of its channels in each of them."""
+    return image.mean(0, keepdim=True).expand_as(image)
+
+
 def to_uint8(image: Tensor) -> np.ndarray:
     """float32 (3, H, W) in [-1, 1] to uint8 (H, W, 3)."""
     return ((image.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).contiguous().numpy()

@@ -102,6 +102,9 @@ def part_file(folder: Path, seed: int) -> Path:
 def draw(method: Method, requests: Sequence[Request], folder: Path, progress: bool = False) -> pd.DataFrame:
     """Draw all requests into ``folder``, group by group; what lies there already is kept.
 
+    An image for a grey normal is written grey, its channels' mean: a sensor of one channel has no tinge, which a
+    classifier would learn. This companion's; the released codes write what the autoencoder gives.
+
     Returns:
         The report of :func:`describe`, also written to ``samples.csv`` when all are drawn.
 
@@ -118,8 +121,9 @@ def draw(method: Method, requests: Sequence[Request], folder: Path, progress: bo
         samples = method.sample(group)
         if [sample.seed for sample in samples] != [request.seed for request in group]:
             raise ValueError(f"{type(method).__name__} returned {len(samples)} samples for {len(group)} requests")
-        for sample in samples:
-            images.write_image(image_file(folder, sample.seed), sample.image)
+        for sample, request in zip(samples, group):
+            image = images.to_grey(sample.image) if images.is_grey(request.normal) else sample.image
+            images.write_image(image_file(folder, sample.seed), image)
             if sample.part is not None:
                 images.write_image(part_file(folder, sample.seed), sample.part)
             images.write_mask(mask_file(folder, sample.seed), sample.mask, sample.notes)

@@ -1,4 +1,5 @@
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -110,6 +111,21 @@ def test_draw_writes_what_load_reads(tmp_path):
     assert [s.seed for s in loaded] == sorted(r.seed for r in requests)
     assert torch.equal(loaded[0].mask, requests[0].mask)
     assert [s.defect for s in sampling.load(tmp_path, limit=1)] == ["crack", "stain"]
+
+
+def test_on_a_grey_normal_the_image_is_grey_and_on_a_coloured_one_as_drawn(tmp_path):
+    class Tinged(Painter):
+        def sample(self, requests):
+            red = torch.tensor([1.0, -0.2, -0.2])[:, None, None]
+            return [replace(s, image=torch.where(s.mask, red, s.image)) for s in super().sample(requests)]
+
+    (grey,) = sampling.plan(SHOTS[:1], NORMALS[:1], 1, source, 0, PROMPTS)
+    pink = replace(grey, normal=grey.normal + torch.tensor([0.4, 0.0, 0.0])[:, None, None], seed=1, group=1)
+    sampling.draw(Tinged(), [grey, pink], tmp_path)
+    (first, inside), (second, same) = (sampling.read_pair(tmp_path, seed) for seed in (0, 1))
+    assert (first - first[:1]).abs().max() == 0 and first[:, inside[0]].mean() == pytest.approx(0.2, abs=1 / 255)
+    assert (first[:, ~inside[0]] - grey.normal[:, ~inside[0]]).abs().max() <= 1 / 255, "the ground is the normal's"
+    assert second[:, same[0]][:, 0].tolist() == pytest.approx([1.0, -0.2, -0.2], abs=1 / 255)
 
 
 def test_a_killed_drawing_continues_and_equals_an_undisturbed_one(tmp_path):
