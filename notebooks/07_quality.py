@@ -106,7 +106,8 @@ measured = own[own["metric"].isin(measures) & own["value"].notna()]
 measured = measured.sort_values("method", key=lambda names: names.map(s.methods.index), kind="stable")
 figure = figures.intervals(measured) if len(measured) else None
 if figure is not None:
-    figures.save(figure, folder, f"quality_intervals_{s.category}", measured.drop(columns="protocol"))
+    of_the_run = ["protocol", "git_sha", "dirty", "wall_s", "peak_memory_mb", "device", "path"]
+    figures.save(figure, folder, f"quality_intervals_{s.category}", measured.drop(columns=of_the_run))
 figure
 
 # %% [markdown]
