@@ -147,7 +147,8 @@ def sheet(
     groups = ceil(len(rows) / (fold or len(rows)))
     deep = ceil(groups / min(groups, max(1, WIDEST // apart))) * (fold or len(rows))
     beside = ceil(len(rows) / deep)
-    full_w = max([apart * (beside - 1) + block, *(ceil(_text_width(line)) + 8 for line in (title or "").split("\n"))])
+    over_w = max(lead + ceil(_text_width(line)) + 8 for line in (title or "").split("\n"))
+    full_w = max(apart * (beside - 1) + block, over_w)
     starts = [top + sum(pitch[r - r % deep : r]) for r in range(len(rows))]
     full_h = ceil(max(map(sum, zip(starts, pitch))) - GAP + 2)
 

@@ -107,12 +107,13 @@ def test_a_title_and_captions_have_room_of_their_own():
     words = {
         "title": "A title that is longer than all of the two columns\nand its second line",
         "captions": [["a"] * 2] * 3,
+        "row_labels": ["a label that moves the title to the right"] * 3,
     }
     figure = figures.sheet([[image(size=64)] * 2] * 3, column_labels=["left", "right"], scale=1, **words)
     figure.draw_without_rendering()
     boxes, page = texts(figure)
     cells = [shown.get_window_extent() for shown in figure.axes[0].images]
-    assert len(boxes) == 6 + 2 + 1 and len(cells) == 6
+    assert len(boxes) == 6 + 2 + 3 + 1 and len(cells) == 6
     for i, box in enumerate(boxes):
         assert box.x0 >= page.x0 and box.x1 <= page.x1 and box.y0 >= page.y0 - 0.5 and box.y1 <= page.y1
         assert not any(box.overlaps(other) for other in [*boxes[i + 1 :], *cells])
